@@ -1,0 +1,17 @@
+"""Adapters: all that the package knows of a host backbone's insides. One file a backbone, all of one shape."""
+
+from fairchem_scd.backbones.base import Adapter, adapter_for, known_backbones, register_adapter
+from fairchem_scd.backbones.equiformer_v2 import EquiformerV2Adapter
+from fairchem_scd.backbones.escn import ESCNAdapter
+from fairchem_scd.backbones.one_piece import modernise, twin_key
+
+__all__ = [
+    "Adapter",
+    "ESCNAdapter",
+    "EquiformerV2Adapter",
+    "adapter_for",
+    "known_backbones",
+    "modernise",
+    "register_adapter",
+    "twin_key",
+]

@@ -1,0 +1,268 @@
+"""Checkpoints between kinds of model: plain host checkpoints to denoising ones, and back.
+
+A host checkpoint stores the optimiser's state and the moving average by position among the parameters. Everything here
+goes by name: positions are read with the rule the source model was trained under, and written under the target's.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairchem.core.models.base import HydraModel
+from torch import Tensor, nn
+
+from fairchem_scd.backbones import twin_key
+from fairchem_scd.config import ConfigError
+
+ADDED = "denoising."
+"""Prefix of all that this package adds to a model."""
+
+_TRAINING_STATE = {"optimizer", "scheduler", "epoch", "step", "best_val_metric", "primary_metric"}
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint on the CPU.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ConfigError: the file is no fairchem checkpoint.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(errno.ENOENT, "checkpoint file not found", str(path))
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise ConfigError(f"{path}: not a checkpoint, or cut short ({error})") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "config"} <= set(checkpoint):
+        raise ConfigError(f"{path}: not a fairchem checkpoint: it has no 'state_dict' and 'config'")
+    return checkpoint
+
+
+def is_of(checkpoint: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether a checkpoint has exactly the weights of a model."""
+    return {_bare(key) for key in checkpoint["state_dict"]} == set(model.state_dict())
+
+
+def adapt(
+    checkpoint: Mapping[str, Any],
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None,
+    ema: Any | None,
+    restart: bool,
+) -> dict[str, Any]:
+    """Turn a checkpoint of another kind into one for `model`.
+
+    Args:
+        checkpoint: of the plain host model, its one-piece twin, or with other tasks.
+        model: the unwrapped model to load it into; it lends its fresh weights for the parts it alone has.
+        optimizer: of this run, in its fresh state; None: leave training state out.
+        ema: the host's moving average of this run, in its fresh state, or None.
+        restart: count steps from zero.
+
+    Returns:
+        A new checkpoint: host weights kept, added parts of the source dropped and of the target fresh unless both
+        have them, optimiser state and moving average kept for the host's parameters.
+
+    Raises:
+        ConfigError: the host's own weights do not match.
+    """
+    adapted = dict(checkpoint)
+    weights, fresh = source_weights(checkpoint), model.state_dict()
+    _check_weights(weights, fresh)
+    adapted["state_dict"] = {key: weights.get(key, value) for key, value in fresh.items()}
+    added = sorted({".".join(key.split(".")[:2]) for key in fresh if key not in weights})
+    logging.info("a checkpoint of another kind: its weights are kept; fresh: %s", ", ".join(added) or "nothing")
+
+    source = _Source(checkpoint, model)
+    adapted["ema"] = source.ema(ema.state_dict(), _trainable(model)) if ema is not None else None
+    if optimizer is None:
+        return {key: value for key, value in adapted.items() if key not in _TRAINING_STATE}
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    adapted["optimizer"] = source.optimizer(optimizer.state_dict(), groups, keep_rate=not restart)
+    if restart:
+        adapted.update(epoch=0, step=0, scheduler=None, best_val_metric=None, primary_metric=None)
+    return adapted
+
+
+def to_plain(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint of the plain host hydra, which fairchem loads and trains on without this package.
+
+    Host weights keep their keys and values; optimiser state and moving average are kept for them.
+    """
+    plain = dict(checkpoint)
+    plain["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not _bare(k).startswith(ADDED)}
+    config = copy.deepcopy(dict(checkpoint["config"]))
+    if config["model"].get("legacy_weight_decay"):
+        logging.info("the plain hydra chooses by another rule which parameters to decay than this run did")
+    for key in ("denoising", "legacy_weight_decay"):
+        config["model"].pop(key, None)
+    config["task"].pop("denoising", None)
+    plain["config"] = {**config, "model": {**config["model"], "name": "hydra"}}
+    model = HydraModel(**{key: value for key, value in config["model"].items() if key != "name"})
+    source = _Source(checkpoint, model)
+    if plain.get("ema") is not None:
+        plain["ema"] = source.ema(plain["ema"], _trainable(model))
+    if plain.get("optimizer") is not None:
+        groups = source.groups(model.no_weight_decay())
+        empty = {"state": {}, "param_groups": [dict(g) for g in plain["optimizer"]["param_groups"]]}
+        start = 0
+        for group, names in zip(empty["param_groups"], groups, strict=True):
+            group["params"] = list(range(start, start + len(names)))
+            start += len(names)
+        plain["optimizer"] = source.optimizer(empty, groups, keep_rate=True)
+    return plain
+
+
+class _Source:
+    """Training state of a checkpoint, by parameter name, for the host's own parameters.
+
+    Args:
+        checkpoint: the source.
+        model: a model with the same host parameters, by DenoisingHydra's names.
+    """
+
+    def __init__(self, checkpoint: Mapping[str, Any], model: nn.Module) -> None:
+        self.checkpoint, self.model = checkpoint, model
+        parameters = {name: p for name, p in model.named_parameters() if not name.startswith(ADDED)}
+        weights = source_weights(checkpoint)
+        # The source's own order: a state_dict lists parameters as named_parameters does.
+        self.order = [key for key in weights if key in parameters]
+        self.trainable = [key for key in self.order if parameters[key].requires_grad]
+        # Added parameters come after the host's, so the host's are a prefix of any list the source kept.
+        self.has_more = any(key.startswith(ADDED) for key in weights)
+
+    def groups(self, undecayed: Iterable[str]) -> list[list[str]]:
+        """Names in each of the optimiser's groups, as the host's load_optimizer makes them."""
+        if len(self.checkpoint["optimizer"]["param_groups"]) == 1:
+            return [self.order]
+        undecayed = tuple(undecayed)
+        return [
+            [name for name in self.trainable if name.endswith(undecayed)],
+            [name for name in self.trainable if not name.endswith(undecayed)],
+        ]
+
+    def optimizer(self, fresh: dict[str, Any], groups: list[list[str]], *, keep_rate: bool) -> dict[str, Any]:
+        """`fresh` with the source's state for the parameters it knows.
+
+        Args:
+            fresh: state_dict of the target's optimiser.
+            groups: parameter names of its groups.
+            keep_rate: take the learning rate over too.
+        """
+        state = self.checkpoint.get("optimizer")
+        if state is None:
+            logging.warning("the checkpoint has no optimiser state: the optimiser starts fresh")
+            return fresh
+        theirs = state["param_groups"]
+        if len(theirs) != len(groups):
+            raise ConfigError(
+                "optim.optimizer_params.weight_decay: zero in one of checkpoint and config but not in the other, so "
+                "the optimiser's groups differ; make them agree"
+            )
+        source_groups = self.groups(self._undecayed())
+        if any(not self._fits(g["params"], names) for g, names in zip(theirs, source_groups, strict=True)):
+            logging.warning("the checkpoint's optimiser state does not fit its weights: the optimiser starts fresh")
+            return fresh
+        known = {
+            name: state["state"][index]
+            for group, names in zip(theirs, source_groups, strict=True)
+            for index, name in zip(group["params"], names, strict=False)
+            if index in state["state"]
+        }
+        targets = {
+            index: name
+            for group, names in zip(fresh["param_groups"], groups, strict=True)
+            for index, name in zip(group["params"], names, strict=True)
+        }
+        merged = [dict(group) for group in fresh["param_groups"]]
+        if keep_rate:
+            # The rate and its base go with the scheduler's state; the rest is the config's to say.
+            for ours, group in zip(merged, theirs, strict=True):
+                ours.update({key: group[key] for key in ("lr", "initial_lr") if key in group})
+        kept = {index: known[name] for index, name in targets.items() if name in known}
+        return {**fresh, "state": kept, "param_groups": merged}
+
+    def ema(self, fresh: Mapping[str, Any], names: list[str]) -> dict[str, Any] | None:
+        """`fresh`, a state of the host's moving average over `names`, with the source's averages where it has them."""
+        state = self.checkpoint.get("ema")
+        if state is None:
+            return None
+        if not self._fits(state["shadow_params"], self.trainable):
+            logging.warning("the checkpoint's moving average does not fit its weights: the average starts fresh")
+            return None
+        known = dict(zip(self.trainable, state["shadow_params"], strict=False))
+        own = fresh["shadow_params"]
+        shadow = [known[name] if name in known else own[index] for index, name in enumerate(names)]
+        return {**state, "decay": fresh["decay"], "shadow_params": shadow, "collected_params": []}
+
+    def _fits(self, values: list[Any], names: list[str]) -> bool:
+        return len(values) > len(names) if self.has_more else len(values) == len(names)
+
+    def _undecayed(self) -> Iterable[str]:
+        """The names that the source run's optimiser did not decay."""
+        backbone = self.model.backbone
+        if _is_one_piece(self.checkpoint) or _model_config(self.checkpoint).get("legacy_weight_decay"):
+            return type(backbone).no_weight_decay(self.model)
+        return HydraModel.no_weight_decay(self.model)
+
+
+def _trainable(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def what_next(folder: str) -> str:
+    """What a user does with a finished run's checkpoints."""
+    best, last = (Path(folder) / name for name in ("best_checkpoint.pt", "checkpoint.pt"))
+    return (
+        f"Training is done.\n"
+        f"  best on validation:  {best}\n"
+        f"  last, to resume from: {last}\n"
+        f"Next:\n"
+        f"  use it with ASE:     OCPCalculator(checkpoint_path='{best}')\n"
+        f"  train it further:    fairchem --mode train --config-yml YOUR.yml --checkpoint {last}\n"
+        f"  fine-tune from it:   model.finetune_config.starting_checkpoint: {best}"
+    )
+
+
+def source_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights of a checkpoint by the names DenoisingHydra has for them, in the source's order."""
+    weights = {_bare(key): value for key, value in checkpoint["state_dict"].items()}
+    if _is_one_piece(checkpoint):
+        weights = {twin_key(key): value for key, value in weights.items()}
+    return weights
+
+
+def _bare(key: str) -> str:
+    while key.startswith("module."):
+        key = key[len("module.") :]
+    return key
+
+
+def _model_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    model = checkpoint["config"].get("model")
+    # Before fairchem 1.0: the name alone, and its arguments beside it.
+    return model if isinstance(model, dict) else {"name": model}
+
+
+def _is_one_piece(checkpoint: Mapping[str, Any]) -> bool:
+    return not any(_bare(key).startswith("backbone.") for key in checkpoint["state_dict"])
+
+
+def _check_weights(weights: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> None:
+    missing = [key for key in fresh if key not in weights and not key.startswith(ADDED)]
+    unknown = [key for key in weights if key not in fresh and not key.startswith(ADDED)]
+    shapes = [key for key, value in weights.items() if key in fresh and value.shape != fresh[key].shape]
+    if missing or unknown or shapes:
+        problems = (("missing", missing), ("not in the model", unknown), ("of another shape", shapes))
+        raise ConfigError(
+            "the checkpoint is of another model than the config's: "
+            + "; ".join(f"{len(keys)} weights {what}, such as {keys[0]}" for what, keys in problems if keys)
+        )

@@ -1,0 +1,154 @@
+"""Checks of config and data that end in one clear error, before the first step wherever possible."""
+
+from __future__ import annotations
+
+import glob
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fairchem_scd.config import ConfigError
+from fairchem_scd.tasks import Dens, Task
+from fairchem_scd.tasks.base import identities
+
+_SAMPLE = 32
+_LMDB = ("lmdb", "single_point_lmdb", "trajectory_lmdb", "oc22_lmdb", "oc20_md_lmdb", "dens_lmdb")
+_ASE = ("ase_db", "ase_lmdb", "ase_read", "ase_read_multi")
+
+
+class DataError(ValueError):
+    """A row of the data that cannot be trained on; the message names it by sid and fid."""
+
+
+def check_outputs(tasks: Mapping[str, Task], outputs: Mapping[str, Any], losses: Sequence[Mapping[str, Any]]) -> None:
+    """Check that the config's outputs and losses are those the tasks train.
+
+    Raises:
+        ConfigError: DeNS without a force output or loss, or an unknown name in `train_outputs`.
+    """
+    dens = tasks.get("dens")
+    if not isinstance(dens, Dens):
+        return
+    trained = {name for loss in losses for name in loss}
+    if "forces" not in outputs or "forces" not in trained:
+        where = "outputs" if "forces" not in outputs else "loss_functions"
+        raise ConfigError(f"{where}: no 'forces'; task.denoising.dens trains noise in their place")
+    if "train_outputs" in dens.settings.model_fields_set:
+        for name in dens.settings.train_outputs:
+            if name not in outputs:
+                known = ", ".join(n for n in outputs if n != "forces")
+                raise ConfigError(f"task.denoising.dens.train_outputs: '{name}' is not an output; outputs: {known}")
+
+
+def check_source(key: str, dataset: Mapping[str, Any], train: Mapping[str, Any]) -> None:
+    """Check that the data of a split is there.
+
+    Args:
+        key: where the split stands in the config.
+        dataset: its block.
+        train: the block of the training split, whose format the others inherit.
+
+    Raises:
+        ConfigError: names the key and path, and says how to get the data.
+    """
+    if "src" not in dataset:
+        return
+    src, kind = dataset["src"], dataset.get("format", train.get("format", "lmdb"))
+    if not src:
+        raise ConfigError(f"{key}.src: empty; it names the data. {_how_to_get(kind)}")
+    for path in [src] if isinstance(src, (str, Path)) else src:
+        if kind in _LMDB:
+            found = Path(path).is_file() or any(Path(path).glob("*.lmdb"))
+        elif kind in _ASE:
+            found = Path(path).exists() or bool(glob.glob(str(path))) or "://" in str(path)
+        else:
+            continue
+        if not found:
+            what = "holds no *.lmdb" if Path(path).is_dir() else "no such file or folder"
+            raise ConfigError(f"{key}.src: {path}: {what}. {_how_to_get(kind)}")
+
+
+def _how_to_get(kind: str) -> str:
+    if kind in _ASE:
+        return "ASE databases are written with ase.db; see `dataset` in the README."
+    return (
+        "The README says how to get OC20 and OC22 as LMDBs (the host's download_data); "
+        "`format: emt_slabs` makes sample data by itself."
+    )
+
+
+def check_sample(tasks: Mapping[str, Task], dataset: Any, max_num_elements: int | None) -> None:
+    """Read rows evenly spaced over a dataset and check that the tasks can train on them.
+
+    Raises:
+        ConfigError: a label is missing, or no atom may move anywhere in the sample.
+        DataError: a row is broken.
+    """
+    if not len(dataset):
+        raise ConfigError("dataset.train: no structures")
+    rows = [dataset[i] for i in sorted({int(i) for i in torch.linspace(0, len(dataset) - 1, _SAMPLE).round()})]
+    for row in rows:
+        for task in tasks.values():
+            for label in sorted(task.labels):
+                if getattr(row, label, None) is None:
+                    raise ConfigError(
+                        f"task.denoising.{task.name} needs the label '{label}', which {_name(row)} does not have; its "
+                        f"keys: {', '.join(sorted(row.keys()))}. LMDBs name labels by dataset.train.key_mapping "
+                        "(force: forces), ASE databases read them with dataset.train.a2g_args.r_forces: true"
+                    )
+        if tasks and getattr(row, "fixed", None) is None:
+            raise ConfigError(
+                f"{_name(row)} does not say which atoms are fixed ('fixed'); "
+                "ASE databases need dataset.train.a2g_args.r_fixed: true (the host's default)"
+            )
+        check_batch(row, max_num_elements)
+    for task in tasks.values():
+        if not task.settings.all_atoms and all(bool((row.fixed != 0).all()) for row in rows):
+            raise ConfigError(
+                f"task.denoising.{task.name}: every atom of the {len(rows)} structures sampled from the training data "
+                "is fixed, so none may move; set all_atoms: true to move fixed atoms too"
+            )
+
+
+def check_batch(batch: Any, max_num_elements: int | None) -> None:
+    """Check a batch or row on the CPU.
+
+    Raises:
+        DataError: an element beyond the model's table, or positions or forces that are not finite.
+    """
+    elements = batch.atomic_numbers
+    if max_num_elements is not None and int(elements.max()) >= max_num_elements:
+        atom = int(elements.argmax())
+        raise DataError(
+            f"{_name(batch, atom)}: element {int(elements[atom])} is beyond the model's table; "
+            f"raise model.backbone.max_num_elements (now {max_num_elements})"
+        )
+    for key in ("pos", "forces"):
+        values = getattr(batch, key, None)
+        if values is not None and not bool(values.isfinite().all()):
+            atom = int((~values.isfinite().all(dim=-1)).nonzero()[0])
+            raise DataError(f"{_name(batch, atom)}: {key} of an atom is not finite: {values[atom].tolist()}")
+
+
+def _name(row: Any, atom: int = 0) -> str:
+    names = identities(row)
+    if not names:
+        return "a structure without sid"
+    index = getattr(row, "batch", None)
+    return f"structure sid/fid {names[int(index[atom]) if index is not None else 0]}"
+
+
+def mend_warmup(optim: dict[str, Any], steps_per_epoch: int | None) -> None:
+    """Make a warm-up of zero steps mean no warm-up, in place; the host's schedulers divide by its length."""
+    params = optim.get("scheduler_params") or {}
+    if "warmup_epochs" in params and steps_per_epoch:
+        if int(params["warmup_epochs"] * steps_per_epoch) < 1:
+            logging.info("optim.scheduler_params.warmup_epochs is less than one step: no warm-up")
+            # The host multiplies by the steps of an epoch and cuts to an integer: one step, at full rate.
+            params.update(warmup_epochs=1.5 / steps_per_epoch, warmup_factor=1.0)
+    elif optim.get("warmup_steps") == 0:
+        logging.info("optim.warmup_steps is zero: no warm-up")
+        optim.update(warmup_steps=1, warmup_factor=1.0)

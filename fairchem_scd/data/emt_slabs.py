@@ -1,0 +1,146 @@
+"""Sample data: metal slabs with adsorbates, labelled by ASE's EMT, as an OC20-style S2EF LMDB."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+from ase import Atoms
+from ase.build import add_adsorbate, fcc100, fcc110, fcc111, molecule
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
+from ase.optimize import FIRE
+from fairchem.core.common.registry import registry
+from fairchem.core.datasets import LmdbDataset
+from fairchem.core.preprocessing import AtomsToGraphs
+from filelock import FileLock
+from tqdm import tqdm
+
+from fairchem_scd.config import ConfigError
+from fairchem_scd.corruption import stream
+
+_METALS = ("Cu", "Ag", "Au", "Ni", "Pd", "Pt", "Al")
+_FACETS = {"fcc111": fcc111, "fcc100": fcc100, "fcc110": fcc110}
+_ADSORBATES = ("H", "C", "N", "O", "CO", "OH")
+_SYSTEMS = [(m, f, a) for m in _METALS for f in _FACETS for a in _ADSORBATES]
+
+
+@registry.register_dataset("emt_slabs")
+class EmtSlabsDataset(LmdbDataset):
+    """The host's LMDB dataset over data that is written when it is first asked for.
+
+    Settings, beside those of the host's `lmdb` format:
+        src: folder of the data.
+        num_structures: how many; 200 by default.
+        seed: another seed gives other structures; 0 by default.
+
+    The same settings give the same bytes of every row. Any number of processes may ask at once: one writes, the
+    others wait; a writer that dies leaves nothing that counts.
+
+    Raises:
+        ConfigError: `src` is missing, or holds data written with other settings.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        if not config.get("src"):
+            raise ConfigError("dataset: format emt_slabs needs src, the folder to keep its data in")
+        write_emt_slabs(Path(config["src"]), config.get("num_structures", 200), config.get("seed", 0))
+        super().__init__(config)
+
+
+def write_emt_slabs(folder: Path, num_structures: int, seed: int) -> None:
+    """Write `data.0000.lmdb` and the host's `metadata.npz` into a folder, unless they are there already.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
+    if isinstance(num_structures, bool) or not isinstance(num_structures, int) or num_structures < 1:
+        raise ConfigError(f"dataset: num_structures must be a positive whole number (got {num_structures!r})")
+    settings = {"num_structures": num_structures, "seed": seed, "version": 1}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # The lock dies with its holder, and the folder takes its name only when whole.
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if folder.exists():
+            _check_same(folder, settings)
+            return
+        for stale in folder.parent.glob(f".{folder.name}.tmp-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
+        _write(temporary, num_structures, seed)
+        (temporary / "settings.json").write_text(json.dumps(settings))
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+
+
+def _check_same(folder: Path, settings: dict[str, Any]) -> None:
+    try:
+        written = json.loads((folder / "settings.json").read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"dataset.src: {folder} exists and was not written by emt_slabs; choose another") from None
+    if written != settings:
+        raise ConfigError(
+            f"dataset.src: {folder} holds {written['num_structures']} structures of seed {written['seed']}, not "
+            f"{settings['num_structures']} of seed {settings['seed']}; choose another folder or remove it"
+        )
+
+
+def _write(folder: Path, num_structures: int, seed: int) -> None:
+    logging.info("writing %d EMT slabs to be kept in %s", num_structures, folder.parent)
+    converter = AtomsToGraphs(r_energy=True, r_forces=True, r_edges=False, r_pbc=True)
+    natoms = []
+    db = lmdb.open(str(folder / "data.0000.lmdb"), map_size=2**34, subdir=False, meminit=False)
+    with db, db.begin(write=True) as transaction:
+        slabs = tqdm(emt_slabs(num_structures, seed), total=num_structures, desc="EMT slabs")
+        for index, (atoms, sid, fid) in enumerate(slabs):
+            row = converter.convert(atoms)
+            # OC20's own names; a config maps them with key_mapping.
+            row.y, row.force = row.energy, row.forces
+            del row.energy, row.forces
+            row.sid, row.fid, row.natoms = sid, fid, len(atoms)
+            natoms.append(len(atoms))
+            transaction.put(f"{index}".encode("ascii"), pickle.dumps(row, protocol=4))
+        transaction.put(b"length", pickle.dumps(num_structures, protocol=4))
+    np.savez(folder / "metadata.npz", natoms=np.array(natoms))
+
+
+def emt_slabs(num_structures: int, seed: int) -> Iterator[tuple[Atoms, int, int]]:
+    """Slabs far from equilibrium: (atoms with EMT attached, sid of the system, fid of the frame).
+
+    A frame is a nearly relaxed system, rattled by 0.02 to 0.15 Å.
+    """
+    relaxed: dict[int, Atoms] = {}
+    for frame in range(num_structures):
+        rng = stream(seed, frame, "emt slab")
+        sid = int(rng.integers(len(_SYSTEMS)))
+        if sid not in relaxed:
+            relaxed[sid] = _system(*_SYSTEMS[sid])
+        atoms = relaxed[sid].copy()
+        free = np.ones(len(atoms), dtype=bool)
+        free[atoms.constraints[0].index] = False
+        displacement = rng.standard_normal((len(atoms), 3)) * rng.uniform(0.02, 0.15)
+        atoms.positions[free] += displacement[free]
+        atoms.calc = EMT()
+        yield atoms, sid, frame
+
+
+def _system(metal: str, facet: str, adsorbate: str) -> Atoms:
+    """A slab of three layers with one adsorbate, nearly relaxed. Tags as in OC20: 2 adsorbate, 1 surface, 0 below."""
+    slab = _FACETS[facet](metal, size=(2, 2, 3), vacuum=6.0, periodic=True)
+    layers = slab.get_tags()  # 1 is the top layer
+    guest = molecule(adsorbate) if len(adsorbate) > 1 else Atoms(adsorbate)
+    if adsorbate == "CO":
+        guest.rotate(180, "x")  # it binds through its carbon
+    add_adsorbate(slab, guest, height=1.6, position="ontop")
+    slab.set_tags([*np.where(layers == 1, 1, 0), *[2] * len(guest)])
+    slab.set_constraint(FixAtoms(np.flatnonzero(layers == layers.max())))
+    slab.calc = EMT()
+    FIRE(slab, logfile=None).run(fmax=0.2, steps=60)
+    return slab

@@ -1,0 +1,94 @@
+"""DeNS: denoising non-equilibrium structures (Liao et al., TMLR 2024, arXiv 2403.09549)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairchem_scd.conditions import ForceEncoding
+from fairchem_scd.config import ConfigError, DensSettings
+from fairchem_scd.corruption import Corruption, corrupt
+from fairchem_scd.tasks.base import Objective, Pass, Structures, Task
+
+
+class Dens(Task):
+    """Corrupt a structure, tell the model the forces of the original, predict the noise.
+
+    One pass: corrupted atoms train on their noise, the others on their forces, the structure on the original's energy.
+    """
+
+    name = "dens"
+    Settings = DensSettings
+    settings: DensSettings
+
+    @property
+    def labels(self) -> frozenset[str]:
+        return frozenset({"forces"} | ({"stress"} if self.settings.max_stress_norm is not None else set()))
+
+    def modules(self, spec: Mapping[str, Any], vector_head: Callable[[], nn.Module]) -> nn.ModuleDict:
+        modules = nn.ModuleDict({"noise_head": vector_head()})
+        s = self.settings
+        if s.force_encoding or s.sigma_encoding:
+            modules["encoding"] = ForceEncoding(**spec, forces=s.force_encoding, sigma=s.sigma_encoding)
+        return modules
+
+    def corrupt(self, structures: Structures, *, seed: int, step: int) -> Corruption:
+        s = self.settings
+        movable = torch.ones_like(structures.fixed) if s.all_atoms else ~structures.fixed
+        return corrupt(
+            structures.natoms,
+            structures.ids,
+            movable,
+            seed=seed,
+            step=step,
+            sigmas=s.schedule or (s.std,),
+            ratio=s.corrupt_ratio,
+            excluded=self._excluded(structures),
+            max_ratio=s.strict_max_ratio,
+        )
+
+    def passes(self, structures: Structures, corruption: Corruption) -> tuple[Pass, ...]:
+        encoding = None
+        if self.settings.force_encoding or self.settings.sigma_encoding:
+            forces = _require(structures.forces, "forces")
+            encoding = (forces, corruption.mask, corruption.sigma[corruption.batch])
+        return (Pass(structures.pos + corruption.noise, encoding, noise=True),)
+
+    def objective(self, progress: float) -> Objective:
+        s = self.settings
+        decay = 1.0 if s.coefficient_decay is None else 1.0 + (s.coefficient_decay - 1.0) * progress
+        return Objective(
+            coefficient=s.coefficient * decay,
+            scale=s.std_high if s.schedule else s.std,
+            outputs=frozenset(s.train_outputs),
+        )
+
+    def _excluded(self, structures: Structures) -> Tensor:
+        """[B] bool: structures that the MD mark or a guard leaves alone."""
+        s = self.settings
+        excluded = torch.zeros(len(structures.natoms), dtype=torch.bool)
+        if s.exclude_md and structures.md is not None:
+            excluded |= structures.md
+        if s.honour_skip_dens and structures.skip_dens is not None:
+            excluded |= structures.skip_dens
+        if s.min_num_atoms is not None:
+            excluded |= structures.natoms < s.min_num_atoms
+        if s.max_force_norm is not None:
+            norm = _require(structures.forces, "forces").norm(dim=-1)
+            largest = torch.zeros(len(excluded), dtype=norm.dtype)
+            batch = torch.repeat_interleave(torch.arange(len(excluded)), structures.natoms)
+            largest.scatter_reduce_(0, batch, norm, "amax")
+            excluded |= largest > s.max_force_norm
+        if s.max_stress_norm is not None:
+            stress = _require(structures.stress, "stress").reshape(len(excluded), -1)
+            excluded |= stress.norm(dim=-1) > s.max_stress_norm
+        return excluded
+
+
+def _require(label: Tensor | None, name: str) -> Tensor:
+    if label is None:
+        raise ConfigError(f"task.denoising.dens needs '{name}', which the data does not have")
+    return label

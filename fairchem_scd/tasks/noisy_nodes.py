@@ -1,0 +1,43 @@
+"""Noisy nodes: unconditioned denoising beside the ordinary loss (as SCD's fine-tuning uses it, arXiv 2603.17196)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fairchem_scd.config import NoisyNodesSettings
+from fairchem_scd.corruption import Corruption, corrupt
+from fairchem_scd.tasks.base import Objective, Pass, Structures, Task
+
+
+class NoisyNodes(Task):
+    """Train every label on slightly noisy input, and predict the noise beside them. One pass, no condition."""
+
+    name = "noisy_nodes"
+    Settings = NoisyNodesSettings
+    settings: NoisyNodesSettings
+
+    def modules(self, spec: Mapping[str, Any], vector_head: Callable[[], nn.Module]) -> nn.ModuleDict:
+        return nn.ModuleDict({"noise_head": vector_head()})
+
+    def corrupt(self, structures: Structures, *, seed: int, step: int) -> Corruption:
+        s = self.settings
+        movable = torch.ones_like(structures.fixed) if s.all_atoms else ~structures.fixed
+        return corrupt(
+            structures.natoms,
+            structures.ids,
+            movable,
+            seed=seed,
+            step=step,
+            sigmas=(s.std,),
+            ratio=s.corrupt_ratio,
+        )
+
+    def passes(self, structures: Structures, corruption: Corruption) -> tuple[Pass, ...]:
+        return (Pass(structures.pos + corruption.noise, noise=True),)
+
+    def objective(self, progress: float) -> Objective:
+        return Objective(coefficient=self.settings.coefficient, scale=self.settings.std, loss=self.settings.loss)

@@ -1,0 +1,333 @@
+"""The trainers: the host's, with a denoising task drawn for some of the steps.
+
+A step, from top to bottom: draw its task, corrupt the batch, run the passes in one call of the model, replace the force
+loss, note the errors. The loop, the loaders, the optimiser and everything distributed are the host's.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from fairchem.core.common import distutils
+from fairchem.core.common.registry import registry
+from fairchem.core.models.equiformer_v2.trainers.forces_trainer import EquiformerV2ForcesTrainer
+from fairchem.core.modules.evaluator import Evaluator, mae
+from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
+from fairchem.core.modules.loss import DDPLoss
+from fairchem.core.trainers import OCPTrainer
+from torch import Tensor, nn
+
+from fairchem_scd import checkpoint as checkpoints
+from fairchem_scd import checks
+from fairchem_scd.backbones import modernise
+from fairchem_scd.compat import denoising_block
+from fairchem_scd.config import ConfigError
+from fairchem_scd.corruption import Corruption
+from fairchem_scd.data.numbered import Numbered
+from fairchem_scd.losses import Hybrid, LeftOut, Noted, Parts, Ranks
+from fairchem_scd.tasks import NOISE, Objective, Plan, TaskDraw, build_tasks, structures_of
+
+
+@dataclass
+class _Step:
+    """A denoising step under way.
+
+    Attributes:
+        corruption: on the CPU.
+        plan: on the model's device.
+        objective: what to train.
+        fixed: [N] bool, on the CPU.
+        noise: [N, 3] predicted, in units of the objective's scale; set by the forward.
+    """
+
+    corruption: Corruption
+    plan: Plan
+    objective: Objective
+    fixed: Tensor
+    noise: Tensor | None = field(default=None)
+
+
+class DenoisingMixin:
+    """Denoising on top of a host trainer. Put before the trainer among the bases.
+
+    Raises:
+        ConfigError: on construction, where the config or a sample of the data rules out what it asks for.
+    """
+
+    def __init__(self, **config: Any) -> None:
+        if config.get("gp_gpus"):
+            raise ConfigError("--gp-gpus: denoising does not run with graph parallelism; leave it out")
+        task, optim = config["task"] or {}, config["optimizer"] or {}
+        model, dens = modernise(config["model"])
+        block = denoising_block(task, optim, dens)
+        self.tasks, self.restart = build_tasks(block)
+        if self.tasks:
+            model["denoising"] = block
+        else:
+            logging.warning("task.denoising turns on no task: this trains as the host's trainer would")
+        config["model"] = model
+        self._step: _Step | None = None
+        self._parts = Parts()
+        super().__init__(**config)
+
+    # --- setting up -----------------------------------------------------------------------------------------------
+
+    def load_task(self) -> None:
+        """Fill in metrics the host has no defaults for under a dotted trainer's name; check outputs and data paths."""
+        self.config["evaluation_metrics"] = _with_defaults(
+            self.config.get("evaluation_metrics"), self.config["outputs"]
+        )
+        super().load_task()
+        checks.check_outputs(self.tasks, self.output_targets, self.config["loss_functions"])
+        for split, key in (("train", "dataset"), ("val", "val_dataset"), ("test", "test_dataset")):
+            checks.check_source(f"dataset.{split}", self.config[key], self.config["dataset"])
+
+    def load_model(self) -> None:
+        super().load_model()
+        self._draw_task = TaskDraw(self.tasks, self.config["cmd"]["seed"] or 0)
+
+    def load_datasets(self) -> None:
+        """Load the host's datasets and check a sample of the training data."""
+        super().load_datasets()
+        if self.train_dataset is not None:
+            checks.check_sample(self.tasks, self.train_dataset, self._max_num_elements)
+
+    def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> Any:
+        if len(dataset) and "sid" not in dataset[0]:
+            dataset = Numbered(dataset)
+        return super().get_dataloader(dataset, sampler, workers)
+
+    def load_extras(self) -> None:
+        checks.mend_warmup(self.config["optim"], len(self.train_loader) if self.train_loader else None)
+        super().load_extras()
+
+    def load_checkpoint(
+        self, checkpoint_path: str, checkpoint: dict[str, Any] | None = None, inference_only: bool = False
+    ) -> None:
+        """Load a checkpoint of this run, or start from one of another kind: plain, one-piece, or with other tasks.
+
+        Weights are kept, added parts start fresh, and the optimiser keeps what it knows of the weights that stay.
+        """
+        if checkpoint is None:
+            checkpoint = checkpoints.read(checkpoint_path)
+        if checkpoints.is_of(checkpoint, self._unwrapped_model):
+            super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
+        else:
+            checkpoint = checkpoints.adapt(
+                checkpoint,
+                self._unwrapped_model,
+                optimizer=None if inference_only else self.optimizer,
+                ema=self.ema,
+                restart=self.restart,
+            )
+            super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
+        if not inference_only and self.ema is None and self.ema_decay:
+            # The host switches the average off for good when a checkpoint has none.
+            self.ema = ExponentialMovingAverage(self.model.parameters(), self.ema_decay)
+
+    def train(self, *args: Any, **kwargs: Any) -> None:
+        super().train(*args, **kwargs)
+        if distutils.is_master() and not self.is_debug:
+            logging.info(checkpoints.what_next(self.config["cmd"]["checkpoint_dir"]))
+
+    # --- a step ---------------------------------------------------------------------------------------------------
+
+    def _forward(self, batch: Any) -> dict[str, Tensor]:
+        self._step, self._parts = None, Parts()
+        # Validation and prediction never corrupt.
+        if self.model.training:
+            checks.check_batch(batch, self._max_num_elements)
+            self._step = self._begin(batch)
+        if self._step is None:
+            return super()._forward(batch)
+        with _handed(self.model, self._step.plan) as returned:
+            out = super()._forward(batch)
+        self._step.noise = returned[NOISE].float()
+        return out
+
+    def _begin(self, batch: Any) -> _Step | None:
+        """Draw the step's task and corrupt the batch, all on the CPU, before anything is moved to the device."""
+        task = self._draw_task(self.step)
+        if task is None:
+            return None
+        structures = structures_of(batch)
+        corruption = task.corrupt(structures, seed=self._draw_task.seed, step=self.step)
+        progress = self.step / max(self.config["optim"].get("max_epochs", 1) * len(self.train_loader), 1)
+        return _Step(
+            corruption=corruption,
+            plan=Plan(task.name, task.passes(structures, corruption)).to(self.device),
+            objective=task.objective(min(progress, 1.0)),
+            fixed=structures.fixed,
+        )
+
+    def _compute_loss(self, out: dict[str, Tensor], batch: Any) -> Tensor:
+        if not self.model.training:
+            return super()._compute_loss(out, batch)
+        step, host_functions = self._step, self.loss_functions
+        if step is None:
+            self.loss_functions = [self._noted(target, info) for target, info in host_functions]
+        else:
+            batch = copy.copy(batch)
+            # Fixed atoms that were corrupted all the same train too.
+            batch.fixed = (step.fixed & ~step.corruption.mask).to(batch.fixed)
+            self.loss_functions = self._denoising_functions(step, batch)
+        try:
+            loss = super()._compute_loss(out, batch)
+        finally:
+            self.loss_functions = host_functions
+        if step is not None and step.objective.loss is not None:
+            loss = loss + self._noise_term(step)
+        return loss
+
+    def _denoising_functions(self, step: _Step, batch: Any) -> list[tuple[str, dict[str, Any]]]:
+        """Stand-ins for the config's loss functions in a denoising step."""
+        corruption, objective = step.corruption, step.objective
+        functions, noise_coefficient = [], objective.coefficient
+        for target, info in self.loss_functions:
+            per_atom = self.output_targets[target]["level"] == "atom"
+            rows = self._rows(target, ~step.fixed | corruption.mask) if per_atom else torch.arange(len(batch.natoms))
+            if target == "forces" and objective.loss is None:
+                on_device = rows.to(self.device)
+                hybrid = Hybrid(
+                    info["fn"],
+                    self._ranks,
+                    self._parts,
+                    force_coefficient=info["coefficient"],
+                    noise_coefficient=noise_coefficient,
+                    noise=step.noise[on_device],
+                    noise_target=(corruption.noise[rows] / objective.scale).to(self.device),
+                    corrupted=corruption.mask[rows, None].to(self.device),
+                )
+                functions.append((target, {"fn": hybrid, "coefficient": 1}))
+                noise_coefficient = 0.0  # a second force loss does not count the noise again
+            elif objective.outputs is None or target in objective.outputs:
+                functions.append(self._noted(target, info, "denoising_"))
+            else:
+                structure = corruption.batch[rows] if per_atom else rows
+                keep = (~corruption.corrupted[structure]).nonzero()[:, 0].to(self.device)
+                natoms = batch.natoms if per_atom else batch.natoms[keep]
+                left_out = LeftOut(info["fn"], self._ranks, keep, natoms)
+                functions.append(self._noted(target, {**info, "fn": left_out}, "denoising_"))
+        return functions
+
+    def _noted(self, target: str, info: dict[str, Any], prefix: str = "") -> tuple[str, dict[str, Any]]:
+        noted = Noted(info["fn"], info["coefficient"], self._parts, f"{prefix}{target}_loss")
+        return target, {"fn": noted, "coefficient": 1}
+
+    def _noise_term(self, step: _Step) -> Tensor:
+        """The noise as a term of its own, a mean over the corrupted atoms of all ranks."""
+        objective, mask = step.objective, step.corruption.mask
+        rows = mask.nonzero()[:, 0]
+        target = (step.corruption.noise[rows] / objective.scale).to(self.device)
+        fn = DDPLoss(objective.loss, reduction="mean")
+        items = fn.loss_fn(step.noise[rows.to(self.device)], target, None)
+        term = objective.coefficient * self._ranks.reduce(fn, items)
+        self._parts.note("denoising_pos_loss", term)
+        return term
+
+    def _compute_metrics(
+        self, out: dict[str, Tensor], batch: Any, evaluator: Any, metrics: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        if not self.model.training:
+            return super()._compute_metrics(out, batch, evaluator, metrics)
+        if self._step is None:
+            metrics = super()._compute_metrics(out, batch, evaluator, metrics)
+        else:
+            metrics = self._denoising_metrics(self._step, out, batch, evaluator, metrics or {})
+        if self._parts:
+            # One transfer, where the host has waited for the device already.
+            for name, value in zip(self._parts, torch.stack(list(self._parts.values())).tolist(), strict=True):
+                metrics = evaluator.update(name, value, metrics)
+        return metrics
+
+    def _denoising_metrics(
+        self, step: _Step, out: dict[str, Tensor], batch: Any, evaluator: Any, metrics: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Mean absolute errors of a denoising step, denormalised, under names of their own."""
+        corruption, objective = step.corruption, step.objective
+
+        def update(name: str, prediction: Tensor, target: Tensor, rows: Tensor) -> None:
+            if len(rows):  # the host divides by the count
+                rows = rows.to(prediction.device)
+                errors = mae({"x": prediction[rows]}, {"x": target[rows]}, "x")
+                evaluator.update(name, errors, metrics)
+
+        for name, info in self.output_targets.items():
+            hybrid = name == "forces" and objective.loss is None
+            if not hybrid and objective.outputs is not None and name not in objective.outputs:
+                continue
+            prediction = self._denorm_preds(name, out[name].detach(), batch)
+            if info["level"] == "atom":
+                ordinary = ~corruption.mask if hybrid else torch.ones_like(corruption.mask)
+                rows = self._rows(name, ~step.fixed, "eval_on_free_atoms")
+                rows = rows[ordinary[rows]]
+            else:
+                rows = torch.arange(len(batch.natoms))
+            label = "force" if name == "forces" else name
+            update(f"denoising_{label}_mae", prediction, batch[name].view(len(prediction), -1), rows)
+        noise = step.noise.detach() * objective.scale
+        update("denoising_pos_mae", noise, corruption.noise.to(self.device), corruption.mask.nonzero()[:, 0])
+        return metrics
+
+    # --- small things ---------------------------------------------------------------------------------------------
+
+    def _rows(self, target: str, free: Tensor, setting: str = "train_on_free_atoms") -> Tensor:
+        """Numbers of the atoms a target trains (or is judged) on; CPU, so that indexing never waits for the device."""
+        return (free if self.output_targets[target][setting] else torch.ones_like(free)).nonzero()[:, 0]
+
+    @property
+    def _ranks(self) -> Ranks:
+        return Ranks(distutils.get_world_size(), partial(distutils.all_reduce, device=self.device))
+
+    @property
+    def _max_num_elements(self) -> int | None:
+        return getattr(self._unwrapped_model.backbone, "max_num_elements", None)
+
+
+@contextmanager
+def _handed(model: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
+    """Hand a plan to the one call of the model made inside, and collect all that it returns.
+
+    The host's `_forward` calls the model with the batch alone, and keeps only the outputs it knows.
+    """
+    returned: dict[str, Any] = {}
+    hooks = (
+        model.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "plan": plan}), with_kwargs=True),
+        model.register_forward_hook(lambda module, args, out: returned.update(out)),
+    )
+    try:
+        yield returned
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _with_defaults(evaluation: dict[str, Any] | None, outputs: dict[str, Any]) -> dict[str, Any]:
+    """The host's default metrics for the outputs of a config that names none."""
+    evaluation = dict(evaluation or {})
+    names = set(outputs)
+    known = "s2ef" if {"energy", "forces"} <= names else "is2re" if "energy" in names else None
+    if not evaluation.get("metrics"):
+        evaluation["metrics"] = copy.deepcopy(Evaluator.task_metrics[known]) if known else {n: ["mae"] for n in names}
+    if not evaluation.get("primary_metric"):
+        evaluation["primary_metric"] = (
+            Evaluator.task_primary_metric[known] if known else f"{next(iter(evaluation['metrics']))}_mae"
+        )
+    return evaluation
+
+
+@registry.register_trainer("denoising")
+class DenoisingTrainer(DenoisingMixin, OCPTrainer):
+    """Where a config says `ocp`, `forces` or `energy`."""
+
+
+@registry.register_trainer("equiformerv2_denoising")
+class EquiformerV2DenoisingTrainer(DenoisingMixin, EquiformerV2ForcesTrainer):
+    """Where a config says `equiformerv2_forces`: schedules counted in epochs."""
