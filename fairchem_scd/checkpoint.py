@@ -45,8 +45,11 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def is_of(checkpoint: Mapping[str, Any], model: nn.Module) -> bool:
-    """Whether a checkpoint has exactly the weights of a model."""
-    return {_bare(key) for key in checkpoint["state_dict"]} == set(model.state_dict())
+    """Whether a checkpoint has exactly the weights of a model, and was trained by the same rule of weight decay."""
+    legacy = bool(_model_config(checkpoint).get("legacy_weight_decay"))
+    theirs = {_bare(key): value.shape for key, value in checkpoint["state_dict"].items()}
+    ours = {key: value.shape for key, value in model.state_dict().items()}
+    return theirs == ours and legacy == model.legacy_weight_decay
 
 
 def adapt(
@@ -198,13 +201,13 @@ class _Source:
         if not self._fits(state["shadow_params"], self.trainable):
             logging.warning("the checkpoint's moving average does not fit its weights: the average starts fresh")
             return None
-        known = dict(zip(self.trainable, state["shadow_params"], strict=False))
-        own = fresh["shadow_params"]
-        shadow = [known[name] if name in known else own[index] for index, name in enumerate(names)]
+        # An added part that the source has too has no average, but weights to start one from.
+        known = source_weights(self.checkpoint) | dict(zip(self.trainable, state["shadow_params"], strict=False))
+        shadow = [known.get(name, own) for name, own in zip(names, fresh["shadow_params"], strict=True)]
         return {**state, "decay": fresh["decay"], "shadow_params": shadow, "collected_params": []}
 
     def _fits(self, values: list[Any], names: list[str]) -> bool:
-        return len(values) > len(names) if self.has_more else len(values) == len(names)
+        return len(values) >= len(names) if self.has_more else len(values) == len(names)
 
     def _undecayed(self) -> Iterable[str]:
         """The names that the source run's optimiser did not decay."""

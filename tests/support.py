@@ -92,13 +92,13 @@ def plain_and_denoising(name: str, block: dict[str, Any], **backbone: Any) -> tu
     return plain, denoising
 
 
-def slabs(count: int, seed: int = 0) -> list[Any]:
+def slabs(count: int, seed: int = 0, systems: int = 6) -> list[Any]:
     """Labelled sample structures, as rows of a dataset whose keys are already mapped."""
     from fairchem.core.preprocessing import AtomsToGraphs
 
     converter = AtomsToGraphs(r_energy=True, r_forces=True, r_edges=False, r_pbc=True)
     rows = []
-    for atoms, sid, fid in emt_slabs(count, seed):
+    for atoms, sid, fid in emt_slabs(count, seed, systems):
         row = converter.convert(atoms)
         row.sid, row.fid, row.natoms = sid, fid, len(atoms)
         rows.append(row)
@@ -127,6 +127,7 @@ def tiny_config(folder: Path, name: str = "equiformer_v2", denoising: Any = None
                 "format": "emt_slabs",
                 "src": str(folder / "train"),
                 "num_structures": 8,
+                "num_systems": 6,
                 "key_mapping": {"y": "energy", "force": "forces"},
                 "transforms": {
                     "normalizer": {"energy": {"mean": 5.5, "stdev": 2.5}, "forces": {"mean": 0.0, "stdev": 1.5}}
@@ -206,3 +207,12 @@ def host_config(path: Path, *overrides: str) -> dict[str, Any]:
         gp_gpus=None,
     )  # fmt: skip
     return build_config(arguments, list(overrides))
+
+
+def fixed_edge_frames(backbone: Any, data: Any, edge_index: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Stands in for a backbone's `_init_edge_rot_mat`, whose frames are random about the edge."""
+    y = vectors / vectors.norm(dim=1, keepdim=True)
+    axis = torch.nn.functional.one_hot(y.abs().argmin(dim=1), 3).to(y)
+    z = torch.linalg.cross(y, axis)
+    z = z / z.norm(dim=1, keepdim=True)
+    return torch.stack([torch.linalg.cross(y, z), y, z], dim=1).detach()

@@ -40,6 +40,7 @@ class EmtSlabsDataset(LmdbDataset):
     Settings, beside those of the host's `lmdb` format:
         src: folder of the data.
         num_structures: how many; 200 by default.
+        num_systems: of how many pairs of slab and adsorbate they are frames; all 126 by default.
         seed: another seed gives other structures; 0 by default.
 
     The same settings give the same bytes of every row. Any number of processes may ask at once: one writes, the
@@ -50,21 +51,25 @@ class EmtSlabsDataset(LmdbDataset):
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
+        self.path, self.envs = Path(), []  # the host's __del__ reads them, also after an error here
         if not config.get("src"):
             raise ConfigError("dataset: format emt_slabs needs src, the folder to keep its data in")
-        write_emt_slabs(Path(config["src"]), config.get("num_structures", 200), config.get("seed", 0))
+        settings = {"num_structures": 200, "num_systems": len(_SYSTEMS), "seed": 0}
+        settings.update({key: config[key] for key in settings if key in config})
+        write_emt_slabs(Path(config["src"]), **settings)
         super().__init__(config)
 
 
-def write_emt_slabs(folder: Path, num_structures: int, seed: int) -> None:
+def write_emt_slabs(folder: Path, num_structures: int, num_systems: int, seed: int) -> None:
     """Write `data.0000.lmdb` and the host's `metadata.npz` into a folder, unless they are there already.
 
     Raises:
-        ConfigError: the folder holds something else.
+        ConfigError: a setting is out of range, or the folder holds something else.
     """
-    if isinstance(num_structures, bool) or not isinstance(num_structures, int) or num_structures < 1:
-        raise ConfigError(f"dataset: num_structures must be a positive whole number (got {num_structures!r})")
-    settings = {"num_structures": num_structures, "seed": seed, "version": 1}
+    settings = {"num_structures": num_structures, "num_systems": num_systems, "seed": seed}
+    for key, least in (("num_structures", 1), ("num_systems", 1), ("seed", 0)):
+        if isinstance(settings[key], bool) or not isinstance(settings[key], int) or settings[key] < least:
+            raise ConfigError(f"dataset.{key}: expected a whole number of at least {least} (got {settings[key]!r})")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The lock dies with its holder, and the folder takes its name only when whole.
     with FileLock(folder.parent / f".{folder.name}.lock"):
@@ -74,7 +79,7 @@ def write_emt_slabs(folder: Path, num_structures: int, seed: int) -> None:
         for stale in folder.parent.glob(f".{folder.name}.tmp-*"):
             shutil.rmtree(stale, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
-        _write(temporary, num_structures, seed)
+        _write(temporary, **settings)
         (temporary / "settings.json").write_text(json.dumps(settings))
         temporary.chmod(0o755)
         temporary.rename(folder)
@@ -85,20 +90,19 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
         written = json.loads((folder / "settings.json").read_text())
     except FileNotFoundError:
         raise ConfigError(f"dataset.src: {folder} exists and was not written by emt_slabs; choose another") from None
-    if written != settings:
-        raise ConfigError(
-            f"dataset.src: {folder} holds {written['num_structures']} structures of seed {written['seed']}, not "
-            f"{settings['num_structures']} of seed {settings['seed']}; choose another folder or remove it"
-        )
+    different = [key for key in settings if written.get(key) != settings[key]]
+    if different:
+        held = ", ".join(f"{key} {written.get(key)} instead of {settings[key]}" for key in different)
+        raise ConfigError(f"dataset.src: {folder} was written with {held}; choose another folder or remove it")
 
 
-def _write(folder: Path, num_structures: int, seed: int) -> None:
+def _write(folder: Path, num_structures: int, num_systems: int, seed: int) -> None:
     logging.info("writing %d EMT slabs to be kept in %s", num_structures, folder.parent)
     converter = AtomsToGraphs(r_energy=True, r_forces=True, r_edges=False, r_pbc=True)
     natoms = []
     db = lmdb.open(str(folder / "data.0000.lmdb"), map_size=2**34, subdir=False, meminit=False)
     with db, db.begin(write=True) as transaction:
-        slabs = tqdm(emt_slabs(num_structures, seed), total=num_structures, desc="EMT slabs")
+        slabs = tqdm(emt_slabs(num_structures, seed, num_systems), total=num_structures, desc="EMT slabs")
         for index, (atoms, sid, fid) in enumerate(slabs):
             row = converter.convert(atoms)
             # OC20's own names; a config maps them with key_mapping.
@@ -111,15 +115,17 @@ def _write(folder: Path, num_structures: int, seed: int) -> None:
     np.savez(folder / "metadata.npz", natoms=np.array(natoms))
 
 
-def emt_slabs(num_structures: int, seed: int) -> Iterator[tuple[Atoms, int, int]]:
+def emt_slabs(num_structures: int, seed: int, num_systems: int = len(_SYSTEMS)) -> Iterator[tuple[Atoms, int, int]]:
     """Slabs far from equilibrium: (atoms with EMT attached, sid of the system, fid of the frame).
 
     A frame is a nearly relaxed system, rattled by 0.02 to 0.15 Å.
     """
     relaxed: dict[int, Atoms] = {}
+    # Spread over metals, facets and adsorbates.
+    sids = np.linspace(0, len(_SYSTEMS) - 1, min(num_systems, len(_SYSTEMS))).round().astype(int)
     for frame in range(num_structures):
         rng = stream(seed, frame, "emt slab")
-        sid = int(rng.integers(len(_SYSTEMS)))
+        sid = int(sids[rng.integers(len(sids))])
         if sid not in relaxed:
             relaxed[sid] = _system(*_SYSTEMS[sid])
         atoms = relaxed[sid].copy()
