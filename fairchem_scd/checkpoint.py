@@ -84,7 +84,7 @@ def adapt(
     logging.info("a checkpoint of another kind: its weights are kept; fresh: %s", ", ".join(added) or "nothing")
 
     source = _Source(checkpoint, model)
-    adapted["ema"] = source.ema(ema.state_dict(), _trainable(model)) if ema is not None else None
+    adapted["ema"] = source.ema(_trainable(model), adapted["state_dict"], ema.decay) if ema is not None else None
     if optimizer is None:
         return {key: value for key, value in adapted.items() if key not in _TRAINING_STATE}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -112,7 +112,7 @@ def to_plain(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     model = HydraModel(**{key: value for key, value in config["model"].items() if key != "name"})
     source = _Source(checkpoint, model)
     if plain.get("ema") is not None:
-        plain["ema"] = source.ema(plain["ema"], _trainable(model))
+        plain["ema"] = source.ema(_trainable(model), source_weights(checkpoint), plain["ema"]["decay"])
     if plain.get("optimizer") is not None:
         groups = source.groups(model.no_weight_decay())
         empty = {"state": {}, "param_groups": [dict(g) for g in plain["optimizer"]["param_groups"]]}
@@ -193,18 +193,16 @@ class _Source:
         kept = {index: known[name] for index, name in targets.items() if name in known}
         return {**fresh, "state": kept, "param_groups": merged}
 
-    def ema(self, fresh: Mapping[str, Any], names: list[str]) -> dict[str, Any] | None:
-        """`fresh`, a state of the host's moving average over `names`, with the source's averages where it has them."""
+    def ema(self, names: list[str], weights: Mapping[str, Tensor], decay: float) -> dict[str, Any] | None:
+        """State of the host's moving average over `names`: the source's, begun at `weights` where it has none."""
         state = self.checkpoint.get("ema")
         if state is None:
             return None
         if not self._fits(state["shadow_params"], self.trainable):
             logging.warning("the checkpoint's moving average does not fit its weights: the average starts fresh")
             return None
-        # An added part that the source has too has no average, but weights to start one from.
-        known = source_weights(self.checkpoint) | dict(zip(self.trainable, state["shadow_params"], strict=False))
-        shadow = [known.get(name, own) for name, own in zip(names, fresh["shadow_params"], strict=True)]
-        return {**state, "decay": fresh["decay"], "shadow_params": shadow, "collected_params": []}
+        known = {**weights, **dict(zip(self.trainable, state["shadow_params"], strict=False))}
+        return {**state, "decay": decay, "shadow_params": [known[name] for name in names], "collected_params": []}
 
     def _fits(self, values: list[Any], names: list[str]) -> bool:
         return len(values) >= len(names) if self.has_more else len(values) == len(names)

@@ -144,7 +144,7 @@ def test_predictions_do_not_depend_on_the_neighbours_in_the_batch(name, rows, mo
     _, model = plain_and_denoising(name, DENS)
     model.eval()
     whole = collate(rows[:2])
-    plan, corruption = dens_plan(whole)
+    plan, _ = dens_plan(whole)
     with torch.no_grad():
         together = model(whole, plan)
         alone = []

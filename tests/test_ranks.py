@@ -1,0 +1,87 @@
+"""Two gloo ranks do what one process does on the same global batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone
+from fairchem.core.models.escn.escn import eSCN
+
+from tests.support import collate, fixed_edge_frames, make_trainer, slabs, tiny_config
+
+# Two ordinary structures, one of molecular dynamics (never corrupted), and a larger one.
+MD = [0, 1, 0, 0]
+SPLITS = {"even": [[0, 1], [2, 3]], "uneven": [[0, 2, 3], [1]]}
+CASES = {
+    "dens": ("equiformer_v2", {"dens": {"prob": 1.0}}),
+    "dens escn": ("escn", {"dens": {"prob": 1.0, "all_atoms": True}}),
+    "noisy nodes": ("equiformer_v2", {"noisy_nodes": {"prob": 1.0, "coefficient": 5}}),
+    "ordinary": ("equiformer_v2", {"dens": {"prob": 0.0}}),
+}
+
+
+def one_step(folder: Path, name: str, block: dict[str, Any], chosen: list[int], identifier: str) -> dict[str, Any]:
+    """Loss and gradients of one step on some of the four structures, and the corruption drawn."""
+    torch.set_num_threads(1)
+    EquiformerV2Backbone._init_edge_rot_mat = fixed_edge_frames
+    eSCN._init_edge_rot_mat = fixed_edge_frames
+    trainer = make_trainer(tiny_config(folder, name, block), folder / identifier, identifier=identifier)
+    rows = slabs(4, seed=3)
+    for row, md in zip(rows, MD, strict=True):
+        row.md = torch.tensor([md])
+    batch = collate([rows[i] for i in chosen])
+    trainer.model.train()
+    trainer.step = 3
+    out = trainer._forward(batch)
+    loss = trainer._compute_loss(out, batch)
+    trainer._compute_metrics(out, batch, trainer.evaluator, {})
+    loss.backward()
+    step = trainer._step
+    return {
+        "loss": loss.detach(),
+        "gradients": {n: p.grad for n, p in trainer._unwrapped_model.named_parameters() if p.grad is not None},
+        "noise": dict(zip(chosen, step.corruption.noise.split(batch.natoms.tolist()), strict=True)) if step else {},
+    }
+
+
+def rank_main(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    results = {
+        (case, split): one_step(folder, *CASES[case], chosen[rank], f"{case}-{split}-rank{rank}")
+        for case in CASES
+        for split, chosen in SPLITS.items()
+    }
+    torch.save(results, folder / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What each of two ranks got, by case and split."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.start_processes(rank_main, (folder,), nprocs=2, start_method="spawn")
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_do_as_one(case, split, ranks, tmp_path, monkeypatch):
+    """Also where one rank holds more atoms, and where nothing is corrupted on one of them."""
+    monkeypatch.setattr(EquiformerV2Backbone, "_init_edge_rot_mat", fixed_edge_frames)
+    monkeypatch.setattr(eSCN, "_init_edge_rot_mat", fixed_edge_frames)
+    alone = one_step(tmp_path, *CASES[case], [0, 1, 2, 3], "alone")
+    results = [rank[case, split] for rank in ranks]
+    for result in results:
+        for structure, noise in result["noise"].items():
+            assert torch.equal(noise, alone["noise"][structure])
+    # Each rank's loss is its own share times the number of ranks; DDP averages.
+    torch.testing.assert_close((results[0]["loss"] + results[1]["loss"]) / 2, alone["loss"], rtol=1e-5, atol=1e-5)
+    for key, gradient in alone["gradients"].items():
+        scale = max(float(gradient.abs().max()), 1e-3)
+        for result in results:
+            assert float((result["gradients"][key] - gradient).abs().max()) < 1e-4 * scale, key
