@@ -57,6 +57,12 @@ def check_source(key: str, dataset: Mapping[str, Any], train: Mapping[str, Any])
     if "src" not in dataset:
         return
     src, kind = dataset["src"], dataset.get("format", train.get("format", "lmdb"))
+    if kind == "oc22_lmdb" and (dataset.get("lin_ref") or train.get("lin_ref")):
+        logging.warning(
+            "%s.lin_ref: the host's oc22_lmdb reads it and then drops it; what subtracts references is "
+            "dataset.train.transforms.element_references.energy.file (see configs/dens_oc22.yml)",
+            key,
+        )
     if not src:
         raise ConfigError(f"{key}.src: empty; it names the data. {_how_to_get(kind)}")
     for path in [src] if isinstance(src, (str, Path)) else src:

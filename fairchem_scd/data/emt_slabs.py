@@ -43,7 +43,7 @@ class EmtSlabsDataset(LmdbDataset):
         num_systems: of how many pairs of slab and adsorbate they are frames; all 126 by default.
         seed: another seed gives other structures; 0 by default.
 
-    The same settings give the same bytes of every row. Any number of processes may ask at once: one writes, the
+    The same settings give the same structures and labels. Any number of processes may ask at once: one writes, the
     others wait; a writer that dies leaves nothing that counts.
 
     Raises:

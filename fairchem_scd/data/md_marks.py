@@ -23,7 +23,7 @@ def read_md_marks(folder: Path) -> np.ndarray:
         [lines] bool: the line's path names `md` and not `relaxations`.
 
     Raises:
-        ConfigError: the folder has no such file.
+        ConfigError: the folder has no such file, or no line tells.
     """
     logs = sorted(folder.glob("*.txt"))
     if not logs:
@@ -31,11 +31,14 @@ def read_md_marks(folder: Path) -> np.ndarray:
             f"dataset.train.src: {folder} has no *.txt files, which tell MD frames from relaxations; "
             "use format: lmdb for data without an MD part"
         )
-    marks = []
-    for log in logs:
-        with log.open() as lines:
-            marks += ["relaxations" not in line and "md" in line for line in lines]
-    return np.array(marks, dtype=bool)
+    lines = [line for log in logs for line in log.read_text().splitlines()]
+    if not any("relaxations" in line or "md" in line for line in lines):
+        raise ConfigError(
+            f"dataset.train.src: the *.txt files in {folder} do not tell MD frames from relaxations: none of their "
+            f"{len(lines)} lines names 'relaxations' or 'md'. fairchem's preprocessing leaves the words out; "
+            "configs/dens_oc20_all_md.yml shows how to add them"
+        )
+    return np.array(["relaxations" not in line and "md" in line for line in lines], dtype=bool)
 
 
 @registry.register_dataset("oc20_md_lmdb")
