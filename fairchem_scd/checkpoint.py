@@ -105,11 +105,12 @@ def to_plain(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(dict(checkpoint["config"]))
     if config["model"].get("legacy_weight_decay"):
         logging.info("the plain hydra chooses by another rule which parameters to decay than this run did")
-    for key in ("denoising", "legacy_weight_decay"):
-        config["model"].pop(key, None)
+    block = _whole(config["model"])
+    for key in ("name", "denoising", "legacy_weight_decay"):
+        block.pop(key, None)
     config["task"].pop("denoising", None)
-    plain["config"] = {**config, "model": {**config["model"], "name": "hydra"}}
-    model = HydraModel(**{key: value for key, value in config["model"].items() if key != "name"})
+    plain["config"] = {**config, "model": {**block, "name": "hydra"}}
+    model = HydraModel(**block)
     source = _Source(checkpoint, model)
     if plain.get("ema") is not None:
         plain["ema"] = source.ema(_trainable(model), source_weights(checkpoint), plain["ema"]["decay"])
@@ -251,6 +252,17 @@ def _model_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     model = checkpoint["config"].get("model")
     # Before fairchem 1.0: the name alone, and its arguments beside it.
     return model if isinstance(model, dict) else {"name": model}
+
+
+def _whole(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model block with the backbone and heads that fine-tuning takes from its starting checkpoint."""
+    model = dict(model)
+    tuning = model.pop("finetune_config", None)
+    if tuning is None:
+        return model
+    start = _whole(_model_config(read(tuning["starting_checkpoint"])))
+    start["backbone"] = {**start["backbone"], **tuning.get("override", {})}
+    return {**model, **{key: start[key] for key in ("backbone", "heads") if model.get(key) is None}}
 
 
 def _is_one_piece(checkpoint: Mapping[str, Any]) -> bool:

@@ -88,7 +88,7 @@ class DensSettings(Settings):
 
     @property
     def schedule(self) -> tuple[float, ...] | None:
-        """The σ of the schedule in Å, evenly spaced in log; None where σ is fixed (§3.2 of the paper)."""
+        """The σ of the schedule in Å, evenly spaced in log; None where σ is fixed."""
         if self.std_high is None or self.std_low is None or self.num_steps is None:
             return None
         low, high = math.log(self.std_low), math.log(self.std_high)

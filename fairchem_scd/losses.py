@@ -82,7 +82,7 @@ class Hybrid:
     """The force loss of a DeNS step: corrupted atoms train on their noise, the others on their forces.
 
     mean_i [ c_i λ_D ‖ε_i/σ − ε̂_i‖ + (1 − c_i) λ_F ‖F_i − F̂_i‖ ] over the trained atoms of all ranks, with the config's
-    own force loss for ‖·‖ (arXiv 2403.09549, §3.3).
+    own force loss for ‖·‖ (DeNS, arXiv 2403.09549).
 
     Args:
         fn: the config's force loss.

@@ -10,7 +10,6 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,29 +28,10 @@ from fairchem_scd import checks
 from fairchem_scd.backbones import modernise
 from fairchem_scd.compat import denoising_block
 from fairchem_scd.config import ConfigError
-from fairchem_scd.corruption import Corruption
 from fairchem_scd.data.numbered import Numbered
-from fairchem_scd.losses import Hybrid, LeftOut, Noted, Parts, Ranks
-from fairchem_scd.tasks import NOISE, Objective, Plan, TaskDraw, build_tasks, structures_of
-
-
-@dataclass
-class _Step:
-    """A denoising step under way.
-
-    Attributes:
-        corruption: on the CPU.
-        plan: on the model's device.
-        objective: what to train.
-        fixed: [N] bool, on the CPU.
-        noise: [N, 3] predicted, in units of the objective's scale; set by the forward.
-    """
-
-    corruption: Corruption
-    plan: Plan
-    objective: Objective
-    fixed: Tensor
-    noise: Tensor | None = field(default=None)
+from fairchem_scd.losses import Noted, Parts, Ranks
+from fairchem_scd.step import Step
+from fairchem_scd.tasks import NOISE, Plan, TaskDraw, build_tasks, structures_of
 
 
 class DenoisingMixin:
@@ -72,8 +52,10 @@ class DenoisingMixin:
             model["denoising"] = block
         else:
             logging.warning("task.denoising turns on no task: this trains as the host's trainer would")
+            if not model.get("legacy_weight_decay"):
+                model["name"] = "hydra"
         config["model"] = model
-        self._step: _Step | None = None
+        self._step: Step | None = None
         self._parts = Parts()
         super().__init__(**config)
 
@@ -152,7 +134,7 @@ class DenoisingMixin:
         self._step.noise = returned[NOISE].float()
         return out
 
-    def _begin(self, batch: Any) -> _Step | None:
+    def _begin(self, batch: Any) -> Step | None:
         """Draw the step's task and corrupt the batch, all on the CPU, before anything is moved to the device."""
         task = self._draw_task(self.step)
         if task is None:
@@ -160,77 +142,37 @@ class DenoisingMixin:
         structures = structures_of(batch)
         corruption = task.corrupt(structures, seed=self._draw_task.seed, step=self.step)
         progress = self.step / max(self.config["optim"].get("max_epochs", 1) * len(self.train_loader), 1)
-        return _Step(
+        return Step(
             corruption=corruption,
             plan=Plan(task.name, task.passes(structures, corruption)).to(self.device),
             objective=task.objective(min(progress, 1.0)),
             fixed=structures.fixed,
+            outputs=self.output_targets,
         )
 
     def _compute_loss(self, out: dict[str, Tensor], batch: Any) -> Tensor:
         if not self.model.training:
             return super()._compute_loss(out, batch)
         step, host_functions = self._step, self.loss_functions
+        ranks = Ranks(distutils.get_world_size(), partial(distutils.all_reduce, device=self.device))
         if step is None:
-            self.loss_functions = [self._noted(target, info) for target, info in host_functions]
+            self.loss_functions = [
+                (
+                    target,
+                    {"fn": Noted(info["fn"], info["coefficient"], self._parts, f"{target}_loss"), "coefficient": 1},
+                )
+                for target, info in host_functions
+            ]
         else:
-            batch = copy.copy(batch)
-            # Fixed atoms that were corrupted all the same train too.
-            batch.fixed = (step.fixed & ~step.corruption.mask).to(batch.fixed)
-            self.loss_functions = self._denoising_functions(step, batch)
+            batch = step.trained(batch)
+            self.loss_functions = step.loss_functions(host_functions, batch.natoms, ranks, self._parts)
         try:
             loss = super()._compute_loss(out, batch)
         finally:
             self.loss_functions = host_functions
         if step is not None and step.objective.loss is not None:
-            loss = loss + self._noise_term(step)
+            loss = loss + step.noise_term(DDPLoss(step.objective.loss, reduction="mean"), ranks, self._parts)
         return loss
-
-    def _denoising_functions(self, step: _Step, batch: Any) -> list[tuple[str, dict[str, Any]]]:
-        """Stand-ins for the config's loss functions in a denoising step."""
-        corruption, objective = step.corruption, step.objective
-        functions, noise_coefficient = [], objective.coefficient
-        for target, info in self.loss_functions:
-            per_atom = self.output_targets[target]["level"] == "atom"
-            rows = self._rows(target, ~step.fixed | corruption.mask) if per_atom else torch.arange(len(batch.natoms))
-            if target == "forces" and objective.loss is None:
-                on_device = rows.to(self.device)
-                hybrid = Hybrid(
-                    info["fn"],
-                    self._ranks,
-                    self._parts,
-                    force_coefficient=info["coefficient"],
-                    noise_coefficient=noise_coefficient,
-                    noise=step.noise[on_device],
-                    noise_target=(corruption.noise[rows] / objective.scale).to(self.device),
-                    corrupted=corruption.mask[rows, None].to(self.device),
-                )
-                functions.append((target, {"fn": hybrid, "coefficient": 1}))
-                noise_coefficient = 0.0  # a second force loss does not count the noise again
-            elif objective.outputs is None or target in objective.outputs:
-                functions.append(self._noted(target, info, "denoising_"))
-            else:
-                structure = corruption.batch[rows] if per_atom else rows
-                keep = (~corruption.corrupted[structure]).nonzero()[:, 0].to(self.device)
-                natoms = batch.natoms if per_atom else batch.natoms[keep]
-                left_out = LeftOut(info["fn"], self._ranks, keep, natoms)
-                functions.append(self._noted(target, {**info, "fn": left_out}, "denoising_"))
-        return functions
-
-    def _noted(self, target: str, info: dict[str, Any], prefix: str = "") -> tuple[str, dict[str, Any]]:
-        noted = Noted(info["fn"], info["coefficient"], self._parts, f"{prefix}{target}_loss")
-        return target, {"fn": noted, "coefficient": 1}
-
-    def _noise_term(self, step: _Step) -> Tensor:
-        """The noise as a term of its own, a mean over the corrupted atoms of all ranks."""
-        objective, mask = step.objective, step.corruption.mask
-        rows = mask.nonzero()[:, 0]
-        target = (step.corruption.noise[rows] / objective.scale).to(self.device)
-        fn = DDPLoss(objective.loss, reduction="mean")
-        items = fn.loss_fn(step.noise[rows.to(self.device)], target, None)
-        term = objective.coefficient * self._ranks.reduce(fn, items)
-        self._parts.note("denoising_pos_loss", term)
-        return term
 
     def _compute_metrics(
         self, out: dict[str, Tensor], batch: Any, evaluator: Any, metrics: dict[str, Any] | None = None
@@ -240,51 +182,16 @@ class DenoisingMixin:
         if self._step is None:
             metrics = super()._compute_metrics(out, batch, evaluator, metrics)
         else:
-            metrics = self._denoising_metrics(self._step, out, batch, evaluator, metrics or {})
+            metrics = metrics or {}
+            denormalised = {name: self._denorm_preds(name, value.detach(), batch) for name, value in out.items()}
+            for name, prediction, target in self._step.judged(denormalised, batch):
+                if len(prediction):  # the host divides by the count
+                    metrics = evaluator.update(name, mae({name: prediction}, {name: target}, name), metrics)
         if self._parts:
             # One transfer, where the host has waited for the device already.
             for name, value in zip(self._parts, torch.stack(list(self._parts.values())).tolist(), strict=True):
                 metrics = evaluator.update(name, value, metrics)
         return metrics
-
-    def _denoising_metrics(
-        self, step: _Step, out: dict[str, Tensor], batch: Any, evaluator: Any, metrics: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Mean absolute errors of a denoising step, denormalised, under names of their own."""
-        corruption, objective = step.corruption, step.objective
-
-        def update(name: str, prediction: Tensor, target: Tensor, rows: Tensor) -> None:
-            if len(rows):  # the host divides by the count
-                rows = rows.to(prediction.device)
-                errors = mae({"x": prediction[rows]}, {"x": target[rows]}, "x")
-                evaluator.update(name, errors, metrics)
-
-        for name, info in self.output_targets.items():
-            hybrid = name == "forces" and objective.loss is None
-            if not hybrid and objective.outputs is not None and name not in objective.outputs:
-                continue
-            prediction = self._denorm_preds(name, out[name].detach(), batch)
-            if info["level"] == "atom":
-                ordinary = ~corruption.mask if hybrid else torch.ones_like(corruption.mask)
-                rows = self._rows(name, ~step.fixed, "eval_on_free_atoms")
-                rows = rows[ordinary[rows]]
-            else:
-                rows = torch.arange(len(batch.natoms))
-            label = "force" if name == "forces" else name
-            update(f"denoising_{label}_mae", prediction, batch[name].view(len(prediction), -1), rows)
-        noise = step.noise.detach() * objective.scale
-        update("denoising_pos_mae", noise, corruption.noise.to(self.device), corruption.mask.nonzero()[:, 0])
-        return metrics
-
-    # --- small things ---------------------------------------------------------------------------------------------
-
-    def _rows(self, target: str, free: Tensor, setting: str = "train_on_free_atoms") -> Tensor:
-        """Numbers of the atoms a target trains (or is judged) on; CPU, so that indexing never waits for the device."""
-        return (free if self.output_targets[target][setting] else torch.ones_like(free)).nonzero()[:, 0]
-
-    @property
-    def _ranks(self) -> Ranks:
-        return Ranks(distutils.get_world_size(), partial(distutils.all_reduce, device=self.device))
 
     @property
     def _max_num_elements(self) -> int | None:

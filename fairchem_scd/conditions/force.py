@@ -14,7 +14,7 @@ class ForceEncoding(nn.Module):
     """Encode forces (and σ) into spherical-harmonic node features, to be added to the node embedding.
 
     f = Y(F/|F|) · |F| / √3 with real spherical harmonics in 'component' normalisation, then one weight a degree and
-    channel (DeNS, arXiv 2403.09549, §3.3). There is no bias, unlike in the authors' code: an atom without a force
+    channel (DeNS, arXiv 2403.09549). There is no bias, unlike in the authors' code: an atom without a force
     leaves no trace. With several resolutions each has rows and weights of its own, in the host's order.
 
     Args:

@@ -43,18 +43,18 @@ class Structures:
 
 
 def structures_of(batch: Any) -> Structures:
-    """What tasks see of a collated batch (any object with the host's attribute names, on the CPU)."""
+    """What tasks see of a collated batch: any object with the host's attribute names."""
 
     def optional(key: str) -> Tensor | None:
         value = getattr(batch, key, None)
-        return torch.as_tensor(value) if value is not None else None
+        return torch.as_tensor(value).cpu() if value is not None else None
 
     md, skip = optional("md"), optional("skip_dens")
     return Structures(
         ids=identities(batch),
-        natoms=batch.natoms.view(-1),
-        pos=batch.pos,
-        fixed=batch.fixed.view(-1) != 0,
+        natoms=batch.natoms.view(-1).cpu(),
+        pos=batch.pos.cpu(),
+        fixed=batch.fixed.view(-1).cpu() != 0,
         forces=optional("forces"),
         stress=optional("stress"),
         md=md.view(-1).bool() if md is not None else None,
@@ -148,6 +148,10 @@ class Task(ABC):
     def labels(self) -> frozenset[str]:
         """Labels the data must carry."""
         return frozenset()
+
+    def movable(self, structures: Structures) -> Tensor:
+        """[N] bool: the atoms that may move."""
+        return torch.ones_like(structures.fixed) if self.settings.all_atoms else ~structures.fixed
 
     @abstractmethod
     def modules(self, spec: Mapping[str, Any], vector_head: Callable[[], nn.Module]) -> nn.ModuleDict:

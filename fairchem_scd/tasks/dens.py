@@ -37,11 +37,10 @@ class Dens(Task):
 
     def corrupt(self, structures: Structures, *, seed: int, step: int) -> Corruption:
         s = self.settings
-        movable = torch.ones_like(structures.fixed) if s.all_atoms else ~structures.fixed
         return corrupt(
             structures.natoms,
             structures.ids,
-            movable,
+            self.movable(structures),
             seed=seed,
             step=step,
             sigmas=s.schedule or (s.std,),

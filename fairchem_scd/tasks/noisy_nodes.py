@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from fairchem_scd.config import NoisyNodesSettings
@@ -25,11 +24,10 @@ class NoisyNodes(Task):
 
     def corrupt(self, structures: Structures, *, seed: int, step: int) -> Corruption:
         s = self.settings
-        movable = torch.ones_like(structures.fixed) if s.all_atoms else ~structures.fixed
         return corrupt(
             structures.natoms,
             structures.ids,
-            movable,
+            self.movable(structures),
             seed=seed,
             step=step,
             sigmas=(s.std,),
