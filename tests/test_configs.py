@@ -527,13 +527,18 @@ def test_the_authors_config_trains_with_only_its_trainer_replaced(name, std, mod
     assert {"dens": trainer.tasks["dens"].settings.model_dump()} == settings_of(load(name))
 
 
-def test_the_hosts_own_dens_config_trains_with_only_its_trainer_replaced(data, tmp_path):
+@pytest.mark.parametrize("dotted", [False, True])
+def test_the_hosts_own_dens_config_trains_with_only_its_trainer_replaced(dotted, data, tmp_path):
+    """By the short names of its modules, and by the dotted ones of fairchem's shipped configs."""
     model = {"name": "hydra", "otf_graph": True, **hydra_arguments("equiformer_v2")}
-    model["backbone"].update(model="equiformer_v2_dens_backbone", use_force_encoding=True)
-    model["heads"] = {
-        "energy": {"module": "eqV2_DeNS_scalar_head", "use_denoising": True},
-        "forces": {"module": "eqV2_DeNS_vector_head"},
-    }
+    place = "fairchem.core.models.equiformer_v2.equiformer_v2_dens."
+    names = (
+        (f"{place}EqV2DeNSBackbone", f"{place}DeNSScalarHead", f"{place}DeNSVectorHead")
+        if dotted
+        else ("equiformer_v2_dens_backbone", "eqV2_DeNS_scalar_head", "eqV2_DeNS_vector_head")
+    )
+    model["backbone"].update(model=names[0], use_force_encoding=True)
+    model["heads"] = {"energy": {"module": names[1], "use_denoising": True}, "forces": {"module": names[2]}}
     config = in_other_words("dens_oc20_2m_12epochs", data, model, AUTHORS_OPTIM)
     config["optim"]["denoising_pos_params"].update(std_low="None", std_high="None")
     trainer, _ = train(config, tmp_path)

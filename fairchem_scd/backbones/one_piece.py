@@ -8,6 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from fairchem.core.common.registry import registry
+from fairchem.core.models.equiformer_v2.equiformer_v2_dens import (
+    DeNSRank2Head,
+    DeNSScalarHead,
+    DeNSVectorHead,
+    EqV2DeNSBackbone,
+)
 
 from fairchem_scd.backbones.base import Adapter, adapter_class, adapters, known_backbones
 from fairchem_scd.config import ConfigError
@@ -15,12 +21,12 @@ from fairchem_scd.config import ConfigError
 HYDRA = "fairchem_scd.DenoisingHydra"
 """The dotted name a checkpoint stores: it loads wherever this package is installed."""
 
-# The host's DeNS modules and the plain ones they are copies of.
+# The host's DeNS modules, and the plain ones they are copies of.
 _PLAIN = {
-    "equiformer_v2_dens_backbone": "equiformer_v2_backbone",
-    "eqV2_DeNS_scalar_head": "equiformerV2_scalar_head",
-    "eqV2_DeNS_vector_head": "equiformerV2_vector_head",
-    "dens_rank2_symmetric_head": "rank2_symmetric_head",
+    EqV2DeNSBackbone: "equiformer_v2_backbone",
+    DeNSScalarHead: "equiformerV2_scalar_head",
+    DeNSVectorHead: "equiformerV2_vector_head",
+    DeNSRank2Head: "rank2_symmetric_head",
 }
 # Arguments of the DeNS models that are settings of the task here.
 _TASK_SETTINGS = {"use_force_encoding": "force_encoding", "use_noise_schedule_sigma_encoding": "sigma_encoding"}
@@ -89,18 +95,28 @@ def _plain_modules(model: dict[str, Any]) -> dict[str, Any]:
     """Replace the host's DeNS modules by plain ones, in place; return what they said in the words of `dens`."""
     dens = {}
     backbone = model.get("backbone") or {}
-    backbone["model"] = _PLAIN.get(backbone.get("model"), backbone.get("model"))
+    if "model" in backbone:
+        backbone["model"] = _plain_name(backbone["model"])
     for key, setting in _TASK_SETTINGS.items():
         if key in backbone:
             dens[setting] = backbone.pop(key)
     trained = {}
     for name, head in (model.get("heads") or {}).items():
-        head["module"] = _PLAIN.get(head.get("module"), head.get("module"))
+        if "module" in head:
+            head["module"] = _plain_name(head["module"])
         if "use_denoising" in head:
             trained[head.get("output_name", name)] = head.pop("use_denoising")
     if trained:
         dens["train_outputs"] = [name for name, on in {"energy": True, **trained}.items() if on]
     return dens
+
+
+def _plain_name(name: str) -> str:
+    """The plain twin's name, for the host's DeNS modules by whatever name, short or dotted."""
+    try:
+        return _PLAIN.get(registry.get_model_class(name), name)
+    except RuntimeError:  # not the host's; said in better words where it matters
+        return name
 
 
 def _check_backbone(model: dict[str, Any]) -> None:
