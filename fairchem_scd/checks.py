@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fairchem_scd.config import ConfigError
-from fairchem_scd.tasks import Dens, Task
+from fairchem_scd.tasks import Task
 from fairchem_scd.tasks.base import identities
 
 _SAMPLE = 32
@@ -21,26 +21,6 @@ _ASE = ("ase_db", "ase_lmdb", "ase_read", "ase_read_multi")
 
 class DataError(ValueError):
     """A row of the data that cannot be trained on; the message names it by sid and fid."""
-
-
-def check_outputs(tasks: Mapping[str, Task], outputs: Mapping[str, Any], losses: Sequence[Mapping[str, Any]]) -> None:
-    """Check that the config's outputs and losses are those the tasks train.
-
-    Raises:
-        ConfigError: DeNS without a force output or loss, or an unknown name in `train_outputs`.
-    """
-    dens = tasks.get("dens")
-    if not isinstance(dens, Dens):
-        return
-    trained = {name for loss in losses for name in loss}
-    if "forces" not in outputs or "forces" not in trained:
-        where = "outputs" if "forces" not in outputs else "loss_functions"
-        raise ConfigError(f"{where}: no 'forces'; task.denoising.dens trains noise in their place")
-    if "train_outputs" in dens.settings.model_fields_set:
-        for name in dens.settings.train_outputs:
-            if name not in outputs:
-                known = ", ".join(n for n in outputs if n != "forces")
-                raise ConfigError(f"task.denoising.dens.train_outputs: '{name}' is not an output; outputs: {known}")
 
 
 def check_source(key: str, dataset: Mapping[str, Any], train: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ the same collective calls in the same order, whatever its batch holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,6 +54,11 @@ class Noted:
 
     def __init__(self, fn: HostLoss, coefficient: float, parts: Parts, name: str) -> None:
         self.fn, self.coefficient, self.parts, self.name = fn, coefficient, parts, name
+
+    @classmethod
+    def of(cls, target: str, info: Mapping[str, Any], parts: Parts) -> tuple[str, dict[str, Any]]:
+        """The entry of the host's list of loss functions, noted."""
+        return target, {"fn": cls(info["fn"], info["coefficient"], parts, f"{target}_loss"), "coefficient": 1}
 
     def __call__(self, pred: Tensor, target: Tensor, natoms: Tensor) -> Tensor:
         loss = self.coefficient * self.fn(pred, target, natoms=natoms)

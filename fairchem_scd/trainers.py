@@ -67,7 +67,9 @@ class DenoisingMixin:
             self.config.get("evaluation_metrics"), self.config["outputs"]
         )
         super().load_task()
-        checks.check_outputs(self.tasks, self.output_targets, self.config["loss_functions"])
+        trained = {name for loss in self.config["loss_functions"] for name in loss}
+        for task in self.tasks.values():
+            task.check(self.output_targets, trained)
         for split, key in (("train", "dataset"), ("val", "val_dataset"), ("test", "test_dataset")):
             checks.check_source(f"dataset.{split}", self.config[key], self.config["dataset"])
 
@@ -156,13 +158,7 @@ class DenoisingMixin:
         step, host_functions = self._step, self.loss_functions
         ranks = Ranks(distutils.get_world_size(), partial(distutils.all_reduce, device=self.device))
         if step is None:
-            self.loss_functions = [
-                (
-                    target,
-                    {"fn": Noted(info["fn"], info["coefficient"], self._parts, f"{target}_loss"), "coefficient": 1},
-                )
-                for target, info in host_functions
-            ]
+            self.loss_functions = [Noted.of(target, info, self._parts) for target, info in host_functions]
         else:
             batch = step.trained(batch)
             self.loss_functions = step.loss_functions(host_functions, batch.natoms, ranks, self._parts)

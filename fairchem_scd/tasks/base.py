@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -148,6 +148,17 @@ class Task(ABC):
     def labels(self) -> frozenset[str]:
         """Labels the data must carry."""
         return frozenset()
+
+    def check(self, outputs: Collection[str], trained: Collection[str]) -> None:  # noqa: B027 (optional)
+        """Check the config against what the task trains.
+
+        Args:
+            outputs: names of the config's outputs.
+            trained: names of the outputs that have a loss function.
+
+        Raises:
+            ConfigError: names the key that is missing or unknown.
+        """
 
     def movable(self, structures: Structures) -> Tensor:
         """[N] bool: the atoms that may move."""

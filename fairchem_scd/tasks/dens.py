@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,15 @@ class Dens(Task):
     @property
     def labels(self) -> frozenset[str]:
         return frozenset({"forces"} | ({"stress"} if self.settings.max_stress_norm is not None else set()))
+
+    def check(self, outputs: Collection[str], trained: Collection[str]) -> None:
+        for key, names in (("outputs", outputs), ("loss_functions", trained)):
+            if "forces" not in names:
+                raise ConfigError(f"{key}: no 'forces'; task.denoising.dens trains noise in their place")
+        for name in self.settings.train_outputs if "train_outputs" in self.settings.model_fields_set else ():
+            if name not in outputs:
+                known = ", ".join(n for n in outputs if n != "forces")
+                raise ConfigError(f"task.denoising.dens.train_outputs: '{name}' is not an output; outputs: {known}")
 
     def modules(self, spec: Mapping[str, Any], vector_head: Callable[[], nn.Module]) -> nn.ModuleDict:
         modules = nn.ModuleDict({"noise_head": vector_head()})
