@@ -49,7 +49,7 @@ def is_of(checkpoint: Mapping[str, Any], model: nn.Module) -> bool:
     legacy = bool(_model_config(checkpoint).get("legacy_weight_decay"))
     theirs = {_bare(key): value.shape for key, value in checkpoint["state_dict"].items()}
     ours = {key: value.shape for key, value in model.state_dict().items()}
-    return theirs == ours and legacy == model.legacy_weight_decay
+    return theirs == ours and legacy == getattr(model, "legacy_weight_decay", False)
 
 
 def adapt(
@@ -223,9 +223,11 @@ def _trainable(model: nn.Module) -> list[str]:
 def what_next(folder: str) -> str:
     """What a user does with a finished run's checkpoints."""
     best, last = (Path(folder) / name for name in ("best_checkpoint.pt", "checkpoint.pt"))
+    found = f"  best on validation:   {best}\n" if best.is_file() else ""
+    best = best if best.is_file() else last  # without validation there is no best
     return (
         f"Training is done.\n"
-        f"  best on validation:  {best}\n"
+        f"{found}"
         f"  last, to resume from: {last}\n"
         f"Next:\n"
         f"  use it with ASE:     OCPCalculator(checkpoint_path='{best}')\n"

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fairchem_scd.config import ConfigError
 from fairchem_scd.tasks import Task
 from fairchem_scd.tasks.base import identities
@@ -75,7 +73,8 @@ def check_sample(tasks: Mapping[str, Task], dataset: Any, max_num_elements: int 
     """
     if not len(dataset):
         raise ConfigError("dataset.train: no structures")
-    rows = [dataset[i] for i in sorted({int(i) for i in torch.linspace(0, len(dataset) - 1, _SAMPLE).round()})]
+    last, parts = len(dataset) - 1, max(min(len(dataset), _SAMPLE) - 1, 1)
+    rows = [dataset[i] for i in sorted({k * last // parts for k in range(parts + 1)})]
     for row in rows:
         for task in tasks.values():
             for label in sorted(task.labels):

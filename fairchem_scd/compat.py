@@ -39,7 +39,9 @@ def denoising_block(task: Mapping[str, Any], optim: Mapping[str, Any], dens: Map
 
 def _authors_dens(optim: Mapping[str, Any]) -> dict[str, Any]:
     # Their files write `None` where YAML's null was meant, which reads as a string.
-    params = {key: None if value == "None" else value for key, value in optim.get("denoising_pos_params", {}).items()}
+    params = {
+        key: None if value == "None" else value for key, value in (optim.get("denoising_pos_params") or {}).items()
+    }
     known = {*_RENAMED, *_SCHEDULE, "fixed_noise_std", "std"}
     unknown = sorted(set(params) - known)
     if unknown:

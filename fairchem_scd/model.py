@@ -90,12 +90,9 @@ class DenoisingHydra(HydraModel):
         unused = [p for p in unused if p.requires_grad]
         if not unused or not torch.is_grad_enabled() or not self.training:
             return out
+        # To every output, since not all need be in the loss.
         for key, value in out.items():
-            if isinstance(value, dict):
-                out[key] = self._tied(value, unused)
-            else:
-                out[key] = _ZeroGradient.apply(value, *unused)
-            break
+            out[key] = self._tied(value, unused) if isinstance(value, dict) else _ZeroGradient.apply(value, *unused)
         return out
 
     @torch.jit.ignore

@@ -38,7 +38,12 @@ class Step:
     noise: Tensor | None = None
 
     def trained(self, batch: Any) -> Any:
-        """The batch as the host's loss loop is to see it: fixed atoms that were corrupted all the same train too."""
+        """The batch as the host's loss loop is to see it.
+
+        Where noise takes the place of forces, fixed atoms that were corrupted all the same train too.
+        """
+        if self.objective.loss is not None:
+            return batch
         batch = copy.copy(batch)
         batch.fixed = (self.fixed & ~self.corruption.mask).to(batch.fixed)
         return batch
@@ -104,8 +109,10 @@ class Step:
         return (free if self.outputs[target][setting] else torch.ones_like(free)).nonzero()[:, 0]
 
     def _trained_rows(self, target: str) -> Tensor:
-        corruption = self.corruption
-        return self._rows(target, ~self.fixed | corruption.mask, "train_on_free_atoms", len(corruption.sigma))
+        corruption, free = self.corruption, ~self.fixed
+        if self.objective.loss is None:
+            free |= corruption.mask
+        return self._rows(target, free, "train_on_free_atoms", len(corruption.sigma))
 
     def _noise_target(self, rows: Tensor) -> Tensor:
         return (self.corruption.noise[rows] / self.objective.scale).to(self.noise.device)

@@ -54,6 +54,8 @@ class DenoisingMixin:
             logging.warning("task.denoising turns on no task: this trains as the host's trainer would")
             if not model.get("legacy_weight_decay"):
                 model["name"] = "hydra"
+                model.pop("legacy_weight_decay", None)
+            model.pop("denoising", None)
         config["model"] = model
         self._step: Step | None = None
         self._parts = Parts()
@@ -118,6 +120,11 @@ class DenoisingMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> None:
         super().train(*args, **kwargs)
+        optim = self.config["optim"]
+        every = optim.get("checkpoint_every", optim.get("eval_every", len(self.train_loader)))
+        if every != -1 and self.step % every:
+            # The host would leave the steps since the last checkpoint out of any.
+            self.save(checkpoint_file="checkpoint.pt", training_state=True)
         if distutils.is_master() and not self.is_debug:
             logging.info(checkpoints.what_next(self.config["cmd"]["checkpoint_dir"]))
 

@@ -48,3 +48,7 @@ def test_ci_runs_the_two_commands():
     ci = (ROOT / ".ci" / "run").read_text()
     for command in re.search(r"```bash\n(uv run .*?)```", README, re.DOTALL)[1].splitlines():
         assert command in ci, command
+
+
+def test_no_stand_in_text_is_left():
+    assert not re.search(r"[A-Z]{10,}", README.replace("PYG_WHEELS", "")), "capitals: a placeholder?"

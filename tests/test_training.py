@@ -200,6 +200,53 @@ def test_noisy_nodes_add_a_term_and_keep_every_label(data, tmp_path):
     assert metrics["denoising_force_mae"]["numel"] == 3 * int(free.sum())
 
 
+def test_noisy_fixed_atoms_do_not_train_on_forces(data, tmp_path):
+    block = {"noisy_nodes": {"std": 0.05, "coefficient": 0, "all_atoms": True}}
+    trainer = make_trainer(tiny_config(data, denoising=block), tmp_path)
+    batch = batch_of(trainer)
+    out, loss = step_of(trainer, batch)
+    assert trainer._step.corruption.mask.all()
+    energy = 2 * (out["energy"].view(-1) - (batch.energy - 5.5) / 2.5).abs().mean()
+    forces = 100 * (out["forces"] - batch.forces / 1.5)[batch.fixed == 0].norm(dim=1).mean()
+    assert float(loss) == pytest.approx(float(energy + forces), rel=1e-5)
+
+
+def test_added_parameters_have_a_gradient_whichever_output_is_in_the_loss(data, tmp_path):
+    config = tiny_config(data, denoising={"dens": {"prob": 0.0}})
+    trainer = make_trainer(config, tmp_path)
+    trainer.model.train()
+    for output in ("energy", "forces"):
+        trainer.model.zero_grad()
+        trainer.step = 1
+        trainer._forward(batch_of(trainer))[output].sum().backward()
+        assert all(p.grad is not None for p in trainer.model.denoising.parameters())
+
+
+def test_a_run_without_tasks_resumes_and_ends_in_a_checkpoint(data, tmp_path):
+    config = tiny_config(data, denoising={}, optim={"eval_every": 1000})
+    trainer = make_trainer(config, tmp_path, is_debug=False)
+    trainer.train(disable_eval_tqdm=True)
+    path = f"{trainer.config['cmd']['checkpoint_dir']}/checkpoint.pt"
+    again = make_trainer(config, tmp_path, identifier="again")
+    again.load_checkpoint(path)
+    assert again.step == trainer.step == 2
+
+
+def test_a_sample_of_very_large_data_stays_within_it():
+    from fairchem_scd.checks import check_sample
+
+    class Large:
+        def __len__(self):
+            return 172_249_423
+
+        def __getitem__(self, index):
+            assert 0 <= index < len(self)
+            return row
+
+    row = slabs(1)[0]
+    check_sample({}, Large(), 90)
+
+
 def with_a_second_energy(data, denoising):
     """A config with another system property, `stress` by name and energy by value, as a stand-in for one."""
     config = tiny_config(data, denoising=denoising)
