@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ def denoising_block(task: Mapping[str, Any], optim: Mapping[str, Any], dens: Map
     Raises:
         ConfigError: both ways are used at once, or a key is not known.
     """
+    close = [] if "denoising" in task else difflib.get_close_matches("denoising", list(task), n=1, cutoff=0.8)
+    if close:
+        raise ConfigError(f"task.{close[0]}: unknown key; did you mean 'denoising'?")
     block = task.get("denoising")
     theirs = optim.get("use_denoising_pos", False)
     if block is not None and not isinstance(block, Mapping):

@@ -50,7 +50,9 @@ def stream(seed: int, step: int, name: str) -> np.random.Generator:
     """
     digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
     low, high = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
-    return np.random.Generator(np.random.Philox(key=[seed & _WORD, step & _WORD], counter=[0, 0, low, high]))
+    # As arrays: numpy 1 reads a list with integers above 2^63 as floats.
+    key = np.array([seed & _WORD, step & _WORD], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, low, high], dtype=np.uint64)))
 
 
 def corrupt(

@@ -39,6 +39,10 @@ class DenoisingHydra(HydraModel):
         self.legacy_weight_decay = legacy_weight_decay
         tasks, _ = build_tasks(denoising)
         self._adapter: Adapter | None = adapter_for(self.backbone) if tasks else None
+        if self._adapter is not None:
+            # Also of a backbone that came with a checkpoint to fine-tune from.
+            keys = ("regress_forces", "otf_graph", "lmax_list")
+            self._adapter.check({key: getattr(self.backbone, key) for key in keys if hasattr(self.backbone, key)})
         # In a fork of the random state, so that everything after is as random as it was without us.
         with torch.random.fork_rng(devices=[]):
             self.denoising = nn.ModuleDict(

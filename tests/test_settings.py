@@ -113,6 +113,8 @@ def test_their_flag_off_means_no_task():
     [
         ({"denoising": {"dens": {}}}, THEIRS, "both set up denoising"),
         ({"denoising": True}, {}, "expected a block"),
+        ({"denosing": {"dens": {}}}, {}, r"task\.denosing: unknown key; did you mean 'denoising'\?"),
+        ({}, {**THEIRS, "denoising_pos_params": None}, "params.prob: missing"),
         ({}, {**THEIRS, "denoising_pos_coefficient": None}, "denoising_pos_coefficient: missing"),
         ({}, {**THEIRS, "denoising_pos_params": {"prob": 0.5, "fixed_noise_std": True}}, "params.std: missing"),
         ({}, {**THEIRS, "denoising_pos_params": {"prob": 0.5}}, "noise schedule.*needs num_steps, std_low, std_high"),
