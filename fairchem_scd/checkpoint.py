@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from fairchem_scd.backbones import twin_key
 from fairchem_scd.config import ConfigError
+from fairchem_scd.model import undecayed
+from fairchem_scd.pretraining import is_self_supervised
 
 ADDED = "denoising."
 """Prefix of all that this package adds to a model."""
@@ -76,6 +78,14 @@ def adapt(
     Raises:
         ConfigError: the host's own weights do not match.
     """
+    if _is_pretrained(checkpoint) != getattr(model, "self_supervised", False):
+        first, then = (
+            ("pre-training", "a config with outputs") if _is_pretrained(checkpoint) else ("training", "one without")
+        )
+        raise ConfigError(
+            f"--checkpoint: it is of {first}, and this is {then}; start from its backbone instead: name it under "
+            "model.finetune_config.starting_checkpoint, and leave model.backbone out"
+        )
     adapted = dict(checkpoint)
     weights, fresh = source_weights(checkpoint), model.state_dict()
     _check_weights(weights, fresh)
@@ -100,6 +110,16 @@ def to_plain(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
     Host weights keep their keys and values; optimiser state and moving average are kept for them.
     """
+    if _is_pretrained(checkpoint):
+        raise ConfigError(
+            "a checkpoint of pre-training has no heads and predicts nothing; name it under "
+            "model.finetune_config.starting_checkpoint and fine-tune"
+        )
+    if any(_bare(key).endswith("mask_token") for key in checkpoint["state_dict"]):
+        raise ConfigError(
+            "trained with task.denoising.scd.null_condition: mask_token, which stands for the condition in every pass: "
+            "the plain model computes something else"
+        )
     plain = dict(checkpoint)
     plain["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not _bare(k).startswith(ADDED)}
     config = copy.deepcopy(dict(checkpoint["config"]))
@@ -210,27 +230,44 @@ class _Source:
 
     def _undecayed(self) -> Iterable[str]:
         """The names that the source run's optimiser did not decay."""
-        backbone = self.model.backbone
-        if _is_one_piece(self.checkpoint) or _model_config(self.checkpoint).get("legacy_weight_decay"):
-            return type(backbone).no_weight_decay(self.model)
-        return HydraModel.no_weight_decay(self.model)
+        legacy = _is_one_piece(self.checkpoint) or bool(_model_config(self.checkpoint).get("legacy_weight_decay"))
+        return undecayed(self.model, legacy=legacy, self_supervised=_is_pretrained(self.checkpoint))
 
 
 def _trainable(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-def what_next(folder: str) -> str:
-    """What a user does with a finished run's checkpoints."""
+def carry_over(model: nn.Module, path: str | Path) -> None:
+    """Load what a starting checkpoint's run added into a model that fine-tunes from it; the host carries the rest.
+
+    A noise head goes to every task that has none of its own there. A running scale starts fresh: the noise is another.
+    """
+    weights = {k: v for k, v in source_weights(read(path)).items() if k.startswith(ADDED)}
+    heads = {key.split(".", 3)[-1]: value for key, value in weights.items() if ".noise_head." in key}
+    state = {key: value for key, value in model.state_dict().items() if key.startswith(ADDED)}
+    carried = []
+    for key, value in state.items():
+        theirs = weights.get(key, heads.get(key.split(".", 3)[-1]) if ".noise_head." in key else None)
+        if ".scale." not in key and theirs is not None and theirs.shape == value.shape:
+            value.copy_(theirs)
+            carried.append(".".join(key.split(".")[:3]))
+    if carried:
+        logging.info("from the starting checkpoint besides: %s", ", ".join(sorted(set(carried))))
+
+
+def what_next(folder: str, *, pretrained: bool = False) -> str:
+    """What a user does with a finished run's checkpoints; a `pretrained` one predicts nothing yet."""
     best, last = (Path(folder) / name for name in ("best_checkpoint.pt", "checkpoint.pt"))
     found = f"  best on validation:   {best}\n" if best.is_file() else ""
     best = best if best.is_file() else last  # without validation there is no best
+    calculator = "" if pretrained else f"  use it with ASE:     OCPCalculator(checkpoint_path='{best}')\n"
     return (
         f"Training is done.\n"
         f"{found}"
         f"  last, to resume from: {last}\n"
         f"Next:\n"
-        f"  use it with ASE:     OCPCalculator(checkpoint_path='{best}')\n"
+        f"{calculator}"
         f"  train it further:    fairchem --mode train --config-yml YOUR.yml --checkpoint {last}\n"
         f"  fine-tune from it:   model.finetune_config.starting_checkpoint: {best}"
     )
@@ -265,6 +302,12 @@ def _whole(model: Mapping[str, Any]) -> dict[str, Any]:
     start = _whole(_model_config(read(tuning["starting_checkpoint"])))
     start["backbone"] = {**start["backbone"], **tuning.get("override", {})}
     return {**model, **{key: start[key] for key in ("backbone", "heads") if model.get(key) is None}}
+
+
+def _is_pretrained(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a self-supervised run wrote the checkpoint: its element embeddings were frozen, and it has no heads."""
+    config = checkpoint["config"]
+    return is_self_supervised(config.get("outputs"), config.get("loss_functions"))
 
 
 def _is_one_piece(checkpoint: Mapping[str, Any]) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fairchem_scd.config import ConfigError
-from fairchem_scd.tasks import Task
-from fairchem_scd.tasks.base import identities
+from fairchem_scd.tasks import Task, identities, structures_of
 
 _SAMPLE = 32
 _LMDB = ("lmdb", "single_point_lmdb", "trajectory_lmdb", "oc22_lmdb", "oc20_md_lmdb", "dens_lmdb")
@@ -64,15 +65,24 @@ def _how_to_get(kind: str) -> str:
     )
 
 
-def check_sample(tasks: Mapping[str, Task], dataset: Any, max_num_elements: int | None) -> None:
+def check_sample(
+    split: str, tasks: Mapping[str, Task], dataset: Any, outputs: Collection[str], max_num_elements: int | None
+) -> None:
     """Read rows evenly spaced over a dataset and check that the tasks can train on them.
+
+    Args:
+        split: its key under `dataset`.
+        tasks: by name.
+        dataset: of the host.
+        outputs: names of the config's outputs.
+        max_num_elements: size of the model's table of elements, if it has one.
 
     Raises:
         ConfigError: a label is missing, or no atom may move anywhere in the sample.
         DataError: a row is broken.
     """
     if not len(dataset):
-        raise ConfigError("dataset.train: no structures")
+        raise ConfigError(f"dataset.{split}: no structures")
     last, parts = len(dataset) - 1, max(min(len(dataset), _SAMPLE) - 1, 1)
     rows = [dataset[i] for i in sorted({k * last // parts for k in range(parts + 1)})]
     for row in rows:
@@ -81,28 +91,47 @@ def check_sample(tasks: Mapping[str, Task], dataset: Any, max_num_elements: int 
                 if getattr(row, label, None) is None:
                     raise ConfigError(
                         f"task.denoising.{task.name} needs the label '{label}', which {_name(row)} does not have; its "
-                        f"keys: {', '.join(sorted(row.keys()))}. LMDBs name labels by dataset.train.key_mapping "
-                        "(force: forces), ASE databases read them with dataset.train.a2g_args.r_forces: true"
+                        f"keys: {', '.join(sorted(row.keys()))}. LMDBs name labels by dataset.{split}.key_mapping "
+                        f"(force: forces), ASE databases read them with dataset.{split}.a2g_args "
+                        "(r_forces: true, r_data_keys)"
                     )
         if tasks and getattr(row, "fixed", None) is None:
             raise ConfigError(
                 f"{_name(row)} does not say which atoms are fixed ('fixed'); "
-                "ASE databases need dataset.train.a2g_args.r_fixed: true (the host's default)"
+                f"ASE databases need dataset.{split}.a2g_args.r_fixed: true (the host's default)"
             )
-        check_batch(row, max_num_elements)
+        check_batch(row, outputs, max_num_elements)
     for task in tasks.values():
-        if not task.settings.all_atoms and all(bool((row.fixed != 0).all()) for row in rows):
-            raise ConfigError(
-                f"task.denoising.{task.name}: every atom of the {len(rows)} structures sampled from the training data "
-                "is fixed, so none may move; set all_atoms: true to move fixed atoms too"
-            )
+        _check_movable(split, task, rows)
 
 
-def check_batch(batch: Any, max_num_elements: int | None) -> None:
+def _check_movable(split: str, task: Task, rows: Sequence[Any]) -> None:
+    structures = [structures_of(row) for row in rows]
+    if any(bool(task.movable(s).any()) for s in structures):
+        return
+    tags = getattr(task.settings, "denoise_tags", None)
+    if tags and not any(bool(torch.isin(s.tags, torch.tensor(sorted(tags))).any()) for s in structures):
+        present = sorted({int(tag) for s in structures for tag in s.tags})
+        raise ConfigError(
+            f"task.denoising.{task.name}.denoise_tags: no atom of the {len(rows)} structures sampled from "
+            f"dataset.{split} has one of the tags {sorted(tags)}; their tags: {present}"
+        )
+    raise ConfigError(
+        f"task.denoising.{task.name}: every atom of the {len(rows)} structures sampled from dataset.{split} is fixed, "
+        "so none may move; set all_atoms: true to move fixed atoms too"
+    )
+
+
+def check_batch(batch: Any, outputs: Collection[str], max_num_elements: int | None) -> None:
     """Check a batch or row on the CPU.
 
+    Args:
+        batch: collated, or one row.
+        outputs: names of the labels that are trained on.
+        max_num_elements: size of the model's table of elements, if it has one.
+
     Raises:
-        DataError: an element beyond the model's table, or positions or forces that are not finite.
+        DataError: an element beyond the model's table, or positions or labels that are not finite.
     """
     elements = batch.atomic_numbers
     if max_num_elements is not None and int(elements.max()) >= max_num_elements:
@@ -111,19 +140,29 @@ def check_batch(batch: Any, max_num_elements: int | None) -> None:
             f"{_name(batch, atom)}: element {int(elements[atom])} is beyond the model's table; "
             f"raise model.backbone.max_num_elements (now {max_num_elements})"
         )
-    for key in ("pos", "forces"):
+    for key in ("pos", "cell", "forces", *outputs):
         values = getattr(batch, key, None)
-        if values is not None and not bool(values.isfinite().all()):
-            atom = int((~values.isfinite().all(dim=-1)).nonzero()[0])
-            raise DataError(f"{_name(batch, atom)}: {key} of an atom is not finite: {values[atom].tolist()}")
+        values = torch.as_tensor(values) if values is not None else None
+        if values is None or bool(values.isfinite().all()):
+            continue
+        natoms, size = len(batch.pos), batch.natoms.numel() if isinstance(batch.natoms, torch.Tensor) else 1
+        per_atom = values.dim() > 0 and len(values) == natoms and key != "cell" and natoms != size
+        rows = values.reshape(natoms if per_atom else size, -1)
+        row = int((~rows.isfinite().all(dim=-1)).nonzero()[0])
+        name = _name(batch, row) if per_atom else _name_of(batch, row)
+        what = f"{key} of an atom is" if per_atom else f"{key} is"
+        raise DataError(f"{name}: {what} not finite: {rows[row].tolist()}")
 
 
 def _name(row: Any, atom: int = 0) -> str:
-    names = identities(row)
-    if not names:
-        return "a structure without sid"
+    """The structure that an atom of a batch or row belongs to."""
     index = getattr(row, "batch", None)
-    return f"structure sid/fid {names[int(index[atom]) if index is not None else 0]}"
+    return _name_of(row, int(index[atom]) if index is not None else 0)
+
+
+def _name_of(row: Any, structure: int) -> str:
+    names = identities(row)
+    return f"structure sid/fid {names[structure]}" if names else "a structure without sid"
 
 
 def mend_warmup(optim: dict[str, Any], steps_per_epoch: int | None) -> None:

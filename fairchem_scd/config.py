@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import difflib
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from typing_extensions import Self
 
 
 class ConfigError(ValueError):
@@ -23,11 +25,18 @@ def _reject_bool(value: Any) -> Any:
     return value
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, (str, int)) and not isinstance(value, bool) else value
+
+
 Real = Annotated[float, BeforeValidator(_reject_bool), Field(allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_reject_bool)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 Length = Annotated[Real, Field(gt=0)]
 Ratio = Annotated[Real, Field(gt=0, le=1)]
+Tags = Annotated[frozenset[Count], BeforeValidator(_listed), Field(min_length=1)]
+Conditions = Annotated[frozenset[Literal["self", "forces"]], BeforeValidator(_listed)]
+NoiseLoss = Literal["mse", "mae", "l2mae"]
 
 
 class Settings(BaseModel):
@@ -40,13 +49,46 @@ class Settings(BaseModel):
     all_atoms: bool = Field(False, description="corrupt and denoise fixed atoms too")
 
 
-class DensSettings(Settings):
+class _NoiseSettings(Settings):
+    """One σ, or a schedule of them."""
+
+    std: Length = Field(description="standard deviation σ of the noise, Å")
+    num_steps: Annotated[Count, Field(ge=1)] | None = Field(None, description="schedule: how many σ, evenly in log")
+    std_low: Length | None = Field(None, description="schedule: smallest σ, Å")
+    std_high: Length | None = Field(None, description="schedule: largest σ, Å")
+
+    @model_validator(mode="after")
+    def _schedule_is_whole(self) -> Self:
+        schedule = {"num_steps": self.num_steps, "std_low": self.std_low, "std_high": self.std_high}
+        missing = [key for key, value in schedule.items() if value is None]
+        if 0 < len(missing) < len(schedule):
+            raise ValueError(f"a noise schedule needs num_steps, std_low and std_high; missing: {', '.join(missing)}")
+        if self.schedule is not None:
+            if "std" in self.model_fields_set:
+                raise ValueError("std and a noise schedule (num_steps, std_low, std_high) exclude each other")
+            if self.std_low > self.std_high:
+                raise ValueError(f"std_low ({self.std_low}) must not exceed std_high ({self.std_high})")
+        return self
+
+    @property
+    def schedule(self) -> tuple[float, ...] | None:
+        """The σ of the schedule in Å, evenly spaced in log; None where σ is fixed."""
+        if self.std_high is None or self.std_low is None or self.num_steps is None:
+            return None
+        low, high = math.log(self.std_low), math.log(self.std_high)
+        return tuple(math.exp(low + (high - low) * i / max(self.num_steps - 1, 1)) for i in range(self.num_steps))
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """All σ that structures may get, Å."""
+        return self.schedule or (self.std,)
+
+
+class DensSettings(_NoiseSettings):
     """DeNS (Liao et al. 2024, arXiv 2403.09549). Defaults: the OC20 2M run of 12 epochs."""
 
     prob: Share | None = Field(0.5, description="share of the steps that denoise (p_DeNS)")
     std: Length = Field(0.1, description="standard deviation σ of the noise, Å")
-    num_steps: Annotated[Count, Field(ge=1)] | None = Field(None, description="schedule: how many σ, evenly in log")
-    std_low: Length | None = Field(None, description="schedule: smallest σ, Å")
     std_high: Length | None = Field(None, description="schedule: largest σ, Å; also the unit of the target")
     sigma_encoding: bool = Field(False, description="schedule: tell the model each structure's σ")
     force_encoding: bool = Field(True, description="tell the model the original's forces (`false`: ablation)")
@@ -72,27 +114,64 @@ class DensSettings(Settings):
     honour_skip_dens: bool = Field(True, description="never corrupt structures marked `skip_dens`")
 
     @model_validator(mode="after")
-    def _schedule_is_whole(self) -> DensSettings:
-        schedule = {"num_steps": self.num_steps, "std_low": self.std_low, "std_high": self.std_high}
-        missing = [key for key, value in schedule.items() if value is None]
-        if 0 < len(missing) < len(schedule):
-            raise ValueError(f"a noise schedule needs num_steps, std_low and std_high; missing: {', '.join(missing)}")
+    def _sigma_is_told_of_a_schedule(self) -> Self:
         if self.schedule is None and self.sigma_encoding:
             raise ValueError("sigma_encoding needs a noise schedule: set num_steps, std_low and std_high")
-        if self.schedule is not None:
-            if "std" in self.model_fields_set:
-                raise ValueError("std and a noise schedule (num_steps, std_low, std_high) exclude each other")
-            if self.std_low > self.std_high:
-                raise ValueError(f"std_low ({self.std_low}) must not exceed std_high ({self.std_high})")
         return self
 
-    @property
-    def schedule(self) -> tuple[float, ...] | None:
-        """The σ of the schedule in Å, evenly spaced in log; None where σ is fixed."""
-        if self.std_high is None or self.std_low is None or self.num_steps is None:
-            return None
-        low, high = math.log(self.std_low), math.log(self.std_high)
-        return tuple(math.exp(low + (high - low) * i / max(self.num_steps - 1, 1)) for i in range(self.num_steps))
+
+class ScdSettings(_NoiseSettings):
+    """SCD (Perez, Gómez-Bombarelli 2026, arXiv 2603.17196). Defaults: the paper's, and ours where it has none."""
+
+    std: Length = Field(0.04, description="standard deviation σ of the noise, Å")
+    std_reg: Annotated[Real, Field(ge=0)] | None = Field(
+        None,
+        description="standard deviation of the noise on the clean view, Å; `null`: 0.005 in pre-training, none beside "
+        "other losses, whose labels belong to the structure as it is",
+    )
+    corrupt_ratio: Ratio | None = Field(None, description="probability that an atom moves; `null`: all move")
+    coefficient: Annotated[Real, Field(ge=0)] | None = Field(
+        None, description="weight of the denoising term; `null`: 1 in pre-training, 10 beside other losses"
+    )
+    loss: NoiseLoss = Field("mse", description="the host's loss function for the noise")
+    noise_scale: Literal["std", "running"] | None = Field(
+        None,
+        description="what the target is divided by: σ, or the root mean square of all noise so far; `null`: σ, "
+        "with a schedule `running`",
+    )
+    condition: Conditions = Field(
+        frozenset({"self"}),
+        description="what the noisy pass is told: the clean pass's embedding, the original's forces, both or nothing",
+    )
+    condition_drop: Share = Field(0.2, description="probability that a structure is not told its embedding")
+    null_condition: Literal["identity", "mask_token"] = Field(
+        "identity",
+        description="without an embedding: the plain backbone, or the authors' mask token (which ties the model to "
+        "this package)",
+    )
+    stop_gradient_condition: bool = Field(False, description="no gradient through the embedding into the clean pass")
+    pool: Literal["sum", "mean"] = Field("sum", description="how atoms are pooled into the embedding")
+    clamp: Length = Field(1000.0, description="bound on the elements of the embedding as the blocks see it")
+    gate_bound: Ratio = Field(1.0, description="a block's update is scaled within 1 ± this")
+    embed_tags: Tags | None = Field(
+        None, description="embed the atoms with these tags alone, as a graph of their own; `null`: all"
+    )
+    denoise_tags: Tags | None = Field(
+        None, description="denoise the atoms with these tags alone, as a graph of their own; `null`: all"
+    )
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        if self.embed_tags is not None and "self" not in self.condition:
+            raise ValueError("embed_tags says what to embed, but condition does not name 'self'")
+        if self.null_condition == "mask_token":
+            if "self" not in self.condition:
+                raise ValueError("null_condition: mask_token stands for an embedding; condition does not name 'self'")
+            if self.gate_bound != 1.0:
+                raise ValueError("gate_bound belongs to null_condition: identity; the authors' gate has none")
+        if self.noise_scale == "std" and self.schedule is not None:
+            raise ValueError("noise_scale: std needs one σ; with a schedule it is 'running'")
+        return self
 
 
 class NoisyNodesSettings(Settings):
@@ -101,7 +180,34 @@ class NoisyNodesSettings(Settings):
     std: Length = Field(5e-4, description="standard deviation σ of the noise, Å (crystals; molecules: 0.005)")
     corrupt_ratio: Ratio | None = Field(None, description="probability that an atom moves; `null`: all move")
     coefficient: Annotated[Real, Field(ge=0)] = Field(0.1, description="weight of the denoising term")
-    loss: Literal["mse", "mae", "l2mae"] = Field("mse", description="the host's loss function for the noise")
+    loss: NoiseLoss = Field("mse", description="the host's loss function for the noise")
+
+
+class DropPathSettings(BaseModel):
+    """A drop-path rate that falls while fine-tuning begins (SCD, arXiv 2603.17196)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    start: Annotated[Real, Field(ge=0, lt=1)] = Field(0.15, description="rate in the first step")
+    end: Annotated[Real, Field(ge=0, lt=1)] = Field(0.0, description="rate from `steps` on")
+    steps: Annotated[Count, Field(ge=1)] = Field(2000, description="over how many steps it falls, linearly")
+
+    def rate(self, step: int) -> float:
+        """Rate of a step, the first being 1."""
+        return self.start + (self.end - self.start) * min((step - 1) / self.steps, 1.0)
+
+
+class CellRepeatSettings(BaseModel):
+    """Random repeats of small periodic cells in the training data (SCD, arXiv 2603.17196)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tries: Annotated[Count, Field(ge=0)] = Field(2, description="how often an axis may be doubled")
+    prob: Share = Field(0.5, description="probability that a try doubles a random periodic axis")
+    min_atoms: Annotated[Count, Field(ge=1)] = Field(4, description="double further until a structure has this many")
+    max_atoms: Annotated[Count, Field(ge=1)] = Field(
+        64, description="never double at random beyond this many (ours; the paper has no bound)"
+    )
 
 
 class _Denoising(BaseModel):
@@ -112,17 +218,31 @@ class _Denoising(BaseModel):
     restart: bool = Field(
         False, description="count steps from zero when a checkpoint of another kind (plain, say) is given"
     )
+    drop_path: DropPathSettings | None = Field(None, description="a schedule for the backbone's drop path")
+    repeat_cells: CellRepeatSettings | None = Field(None, description="repeat small periodic cells in training")
 
 
-def parse_denoising(block: Any, tasks: dict[str, type[Settings]]) -> tuple[dict[str, Settings], bool]:
+@dataclass(frozen=True)
+class Denoising:
+    """A parsed `task.denoising` block.
+
+    Attributes:
+        tasks: settings of each task that is on, by name, with every `prob` filled in.
+        restart, drop_path, repeat_cells: the block's own settings.
+    """
+
+    tasks: dict[str, Settings]
+    restart: bool
+    drop_path: DropPathSettings | None
+    repeat_cells: CellRepeatSettings | None
+
+
+def parse_denoising(block: Any, tasks: dict[str, type[Settings]]) -> Denoising:
     """Parse the `task.denoising` block.
 
     Args:
         block: the block as read from YAML. A task set to null is off.
         tasks: settings class of every known task, by name.
-
-    Returns:
-        Settings of each task that is on, with every `prob` filled in, and `restart`.
 
     Raises:
         ConfigError: names each offending key with what was wrong.
@@ -131,9 +251,11 @@ def parse_denoising(block: Any, tasks: dict[str, type[Settings]]) -> tuple[dict[
     try:
         parsed = model.model_validate({} if block is None else block)
     except ValidationError as error:
-        raise ConfigError(_explain(error, {"": model, **tasks})) from None
+        own = {"drop_path": DropPathSettings, "repeat_cells": CellRepeatSettings}
+        raise ConfigError(_explain(error, {"": model, **own, **tasks})) from None
     settings = {name: getattr(parsed, name) for name in tasks if getattr(parsed, name) is not None}
-    return _fill_probabilities(settings), parsed.restart
+    own = {name: getattr(parsed, name) for name in _Denoising.model_fields}
+    return Denoising(_fill_probabilities(settings), **own)
 
 
 def _fill_probabilities(settings: dict[str, Settings]) -> dict[str, Settings]:

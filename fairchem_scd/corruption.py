@@ -70,7 +70,7 @@ def corrupt(
     """Draw Gaussian displacements for a batch.
 
     Args:
-        natoms: [B] atoms of each structure.
+        natoms: [B] atoms of each structure; may be zero.
         ids: B names that tell the structures apart.
         movable: [N] bool, atoms that may move.
         seed, step: key of the random numbers.
@@ -104,6 +104,6 @@ def corrupt(
     per_structure = torch.tensor(sigma, dtype=torch.float32).masked_fill(moved_count == 0, 0.0)
     displacement = torch.from_numpy(np.concatenate(noise)) * per_structure[batch, None] * moved[:, None]
     whole = moved_count == natoms
-    mean = torch.zeros(len(counts), 3).index_add_(0, batch, displacement) / natoms[:, None]
+    mean = torch.zeros(len(counts), 3).index_add_(0, batch, displacement) / natoms.clamp(min=1)[:, None]
     displacement -= (mean * whole[:, None])[batch]
     return Corruption(displacement, moved, per_structure, batch)

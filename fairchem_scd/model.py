@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from fairchem.core.common.registry import registry
 from fairchem.core.models.base import HydraModel
 from torch import Tensor, nn
+from torch_geometric.data import Batch
 
 from fairchem_scd.backbones import Adapter, adapter_for
-from fairchem_scd.tasks import NOISE, Pass, Plan, build_tasks
+from fairchem_scd.conditions import ConditionHead, Given, Modulation
+from fairchem_scd.config import ConfigError
+from fairchem_scd.tasks import NOISE, Part, Pass, Plan, build_tasks
 
 
 @registry.register_model("denoising_hydra")
@@ -37,17 +40,16 @@ class DenoisingHydra(HydraModel):
     ) -> None:
         super().__init__(**host)
         self.legacy_weight_decay = legacy_weight_decay
+        self.self_supervised = False  # set by the trainer, before the optimiser is built
         tasks, _ = build_tasks(denoising)
-        self._adapter: Adapter | None = adapter_for(self.backbone) if tasks else None
-        if self._adapter is not None:
+        self.adapter: Adapter | None = adapter_for(self.backbone) if tasks else None
+        if self.adapter is not None:
             # Also of a backbone that came with a checkpoint to fine-tune from.
             keys = ("regress_forces", "otf_graph", "lmax_list")
-            self._adapter.check({key: getattr(self.backbone, key) for key in keys if hasattr(self.backbone, key)})
+            self.adapter.check({key: getattr(self.backbone, key) for key in keys if hasattr(self.backbone, key)})
         # In a fork of the random state, so that everything after is as random as it was without us.
         with torch.random.fork_rng(devices=[]):
-            self.denoising = nn.ModuleDict(
-                {name: task.modules(self._adapter.encoding_spec, self._vector_head) for name, task in tasks.items()}
-            )
+            self.denoising = nn.ModuleDict({name: task.modules(self.adapter) for name, task in tasks.items()})
 
     def forward(self, data: Any, plan: Plan | None = None) -> dict[str, Any]:
         """Run the host's forward, or the passes of a plan.
@@ -61,51 +63,162 @@ class DenoisingHydra(HydraModel):
             the noise head. In training every parameter has a gradient, whatever the plan left out.
         """
         if plan is None:
-            return self._tied(super().forward(data), self.denoising.parameters())
+            given = self._given(data, None, None)
+            with nullcontext() if given is None else self.adapter.in_pass(given, self.output_heads.values()):
+                out = super().forward(data)
+            return self._tied(out, [self.denoising])
         out: dict[str, Any] = {}
+        embedding = None
         for run in plan.passes:
-            out.update(self._run(data, run, self.denoising[plan.task]))
-        return self._tied(out, (p for name, m in self.denoising.items() if name != plan.task for p in m.parameters()))
+            returned, latest = self._run(data, run, self.denoising[plan.task], embedding)
+            out.update(returned)
+            embedding = embedding if latest is None else latest
+        unused: list[nn.Module] = [module for name, module in self.denoising.items() if name != plan.task]
+        if not any(run.outputs for run in plan.passes):
+            unused.append(self.output_heads)
+        return self._tied(out, unused)
 
-    def _run(self, data: Any, run: Pass, modules: nn.ModuleDict) -> dict[str, Any]:
-        view = copy.copy(data)
-        view.pos = run.pos
-        encoded = nullcontext()
-        if run.encoding is not None:
-            encoded = self._adapter.encoded(modules["encoding"](*run.encoding))
+    def embed(self, data: Any) -> Tensor:
+        """[B, C] the embedding c that SCD makes of each structure of a batch.
+
+        Raises:
+            ConfigError: the model has no condition head.
+        """
+        task = next((modules for modules in self.denoising.values() if "condition_head" in modules), None)
+        if task is None:
+            raise ConfigError("the model has no condition head: it was not trained with task.denoising.scd")
+        return self._run(data, Pass(data.pos, outputs=False, embed=True), task, None)[1]
+
+    def _run(
+        self, data: Any, run: Pass, modules: nn.ModuleDict, embedding: Tensor | None
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """The outputs of one pass, and the embedding [B, C] it made of the structures, if any."""
+        view = _view(data, run)
+        heads = [*self.output_heads.values()] if run.outputs else []
+        heads += [modules["noise_head"]] if run.noise else []
+        given = self._given(view, _of_part(run.told, run.part), _of_part(embedding, run.part), modules)
         out: dict[str, Any] = {}
-        with encoded, _returned_by(self.backbone) as embeddings:
+        # A pass that is all embedding need not remember what no gradient goes through.
+        grad = torch.is_grad_enabled() and not (run.stop_gradient and not heads)
+        with (
+            torch.set_grad_enabled(grad),
+            self.adapter.in_pass(given, heads),
+            self._encoded(run, modules),
+            _returned_by(self.backbone) as embeddings,
+        ):
+            # Heads before any other pass starts: the host's read state that the backbone keeps of its latest pass.
             if run.outputs:
                 out = super().forward(view)
             else:
                 self.backbone(view)
-        if run.noise:
-            # Before any other pass starts: host heads read state that the backbone keeps of its latest pass.
-            head = modules["noise_head"]
-            with torch.autocast(view.pos.device.type, enabled=head.use_amp):
-                (out[NOISE],) = head(view, embeddings[-1]).values()
-        return out
+            if run.noise:
+                head = modules["noise_head"]
+                with torch.autocast(view.pos.device.type, enabled=head.use_amp):
+                    (noise,) = head(view, embeddings[-1]).values()
+                out[NOISE] = _whole(noise, run.part and run.part.atoms, len(data.pos))
+        if not run.embed:
+            return out, None
+        scalars = self.adapter.scalars(embeddings[-1])
+        if run.stop_gradient:
+            scalars = scalars.detach()
+        made = modules["condition_head"](scalars, view.batch, len(view.natoms))
+        return out, _whole(made, run.part and run.part.structures, len(data.natoms))
 
-    def _vector_head(self) -> nn.Module:
-        return self._adapter.vector_head()
+    def _given(
+        self, view: Any, told: Tensor | None, embedding: Tensor | None, modules: nn.ModuleDict | None = None
+    ) -> Given | None:
+        """The modulation of a pass over b structures, told [b] an embedding [b, C]; None: no condition at all."""
+        if told is None:
+            if self._masked is None:
+                return None
+            # The authors' model has a mask token wherever there is no condition.
+            modules = self.denoising[self._masked]
+            told = torch.zeros(len(view.natoms), dtype=torch.bool, device=view.pos.device)
+            embedding = modules["condition_head"].mask_token.expand(len(told), -1)
+        condition = modules["condition_head"].condition(embedding, told)
+        return modules["modulation"].given(condition[view.batch], told[view.batch])
 
-    def _tied(self, out: dict[str, Any], unused: Iterable[nn.Parameter]) -> dict[str, Any]:
-        """Give unused parameters a gradient of zero, which DDP waits for."""
-        unused = [p for p in unused if p.requires_grad]
-        if not unused or not torch.is_grad_enabled() or not self.training:
+    def _encoded(self, run: Pass, modules: nn.ModuleDict) -> AbstractContextManager[None]:
+        if run.encoding is None:
+            return nullcontext()
+        encoding = modules["encoding"](*run.encoding)
+        return self.adapter.encoded(encoding if run.part is None else encoding[run.part.atoms])
+
+    @property
+    def _masked(self) -> str | None:
+        """The task whose mask token stands for a missing condition."""
+        for name, modules in self.denoising.items():
+            if "condition_head" in modules and modules["condition_head"].mask_token is not None:
+                return name
+        return None
+
+    def _tied(self, out: dict[str, Any], unused: Iterable[nn.Module]) -> dict[str, Any]:
+        """Give the parameters of unused modules a gradient of zero, which DDP waits for."""
+        parameters = [p for module in unused for p in module.parameters() if p.requires_grad]
+        if not parameters or not torch.is_grad_enabled() or not self.training:
             return out
-        # To every output, since not all need be in the loss.
-        for key, value in out.items():
-            out[key] = self._tied(value, unused) if isinstance(value, dict) else _ZeroGradient.apply(value, *unused)
-        return out
+        return _with_zero_gradients(out, parameters)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> Iterable[str]:
-        """Names of the parameters without weight decay."""
-        if self.legacy_weight_decay:
-            # The rule looks at module types and works on any module tree.
-            return type(self.backbone).no_weight_decay(self)
-        return super().no_weight_decay()
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters without weight decay: see `undecayed`."""
+        return undecayed(self, legacy=self.legacy_weight_decay, self_supervised=self.self_supervised)
+
+
+def undecayed(model: HydraModel, *, legacy: bool, self_supervised: bool) -> set[str]:
+    """Names of the parameters that a run did not decay.
+
+    Args:
+        model: a hydra, plain or denoising.
+        legacy: by the rule of the backbone's one-piece model.
+        self_supervised: by both rules and so as SCD's paper says: no biases, norms or embeddings.
+    """
+    names: set[str] = set()
+    if legacy or self_supervised:
+        # The rule looks at module types and works on any module tree.
+        names |= set(type(model.backbone).no_weight_decay(model))
+    if not legacy:
+        names |= set(HydraModel.no_weight_decay(model))
+    for prefix, module in model.named_modules():
+        if isinstance(module, (ConditionHead, Modulation)):
+            vectors = (name for name, p in module.named_parameters() if p.dim() < 2)
+            names |= {f"{prefix}.{name}" for name in vectors}
+    return names
+
+
+def _with_zero_gradients(out: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
+    # To every output, since not all need be in the loss.
+    return {
+        key: _with_zero_gradients(value, parameters)
+        if isinstance(value, dict)
+        else _ZeroGradient.apply(value, *parameters)
+        for key, value in out.items()
+    }
+
+
+def _view(data: Any, run: Pass) -> Any:
+    """The batch as a pass sees it."""
+    if run.part is None:
+        view = copy.copy(data)
+        view.pos = run.pos
+        return view
+    part = run.part
+    view = Batch(batch=part.batch, natoms=part.natoms.to(data.natoms), pos=run.pos[part.atoms])
+    view.atomic_numbers = data.atomic_numbers[part.atoms]
+    for key in ("cell", "pbc"):
+        if key in data:
+            view[key] = data[key][part.structures]
+    return view
+
+
+def _of_part(value: Tensor | None, part: Part | None) -> Tensor | None:
+    """[b, …] of the structures in a part, of [B, …]."""
+    return value if value is None or part is None else value[part.structures]
+
+
+def _whole(value: Tensor, rows: Tensor | None, size: int) -> Tensor:
+    """[size, …] with `value` in some rows and zero in the others; None: it is whole already."""
+    return value if rows is None else value.new_zeros(size, *value.shape[1:]).index_copy(0, rows, value)
 
 
 class _ZeroGradient(torch.autograd.Function):

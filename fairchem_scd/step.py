@@ -85,7 +85,7 @@ class Step:
             out: denormalised predictions by output.
             batch: with the labels, on the model's device.
         """
-        for name, prediction in out.items():
+        for name, prediction in () if self.objective.clean else out.items():
             hybrid = name == "forces" and self.objective.loss is None
             if not hybrid and not self._trains(name):
                 continue
@@ -115,7 +115,7 @@ class Step:
         return self._rows(target, free, "train_on_free_atoms", len(corruption.sigma))
 
     def _noise_target(self, rows: Tensor) -> Tensor:
-        return (self.corruption.noise[rows] / self.objective.scale).to(self.noise.device)
+        return self.corruption.noise[rows].to(self.noise.device) / self.objective.scale
 
     def _hybrid(self, info: Mapping[str, Any], noise_coefficient: float, ranks: Ranks, parts: Parts) -> Hybrid:
         rows = self._trained_rows("forces")

@@ -10,6 +10,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,16 +23,18 @@ from fairchem.core.modules.exponential_moving_average import ExponentialMovingAv
 from fairchem.core.modules.loss import DDPLoss
 from fairchem.core.trainers import OCPTrainer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fairchem_scd import checkpoint as checkpoints
-from fairchem_scd import checks
+from fairchem_scd import checks, pretraining
 from fairchem_scd.backbones import modernise
 from fairchem_scd.compat import denoising_block
 from fairchem_scd.config import ConfigError
+from fairchem_scd.data.cell_repeats import RepeatedCells, check_outputs
 from fairchem_scd.data.numbered import Numbered
 from fairchem_scd.losses import Noted, Parts, Ranks
 from fairchem_scd.step import Step
-from fairchem_scd.tasks import NOISE, Plan, TaskDraw, build_tasks, structures_of
+from fairchem_scd.tasks import NOISE, VALIDATION, Plan, Task, TaskDraw, build_tasks, structures_of
 
 
 class DenoisingMixin:
@@ -47,7 +50,12 @@ class DenoisingMixin:
         task, optim = config["task"] or {}, config["optimizer"] or {}
         model, dens = modernise(config["model"])
         block = denoising_block(task, optim, dens)
-        self.tasks, self.restart = build_tasks(block)
+        self.self_supervised = pretraining.is_self_supervised(config["outputs"], config["loss_functions"])
+        self.tasks, self.denoising = build_tasks(block, supervised=not self.self_supervised)
+        if self.self_supervised:
+            pretraining.check_tasks(self.tasks)
+        elif self.tasks:
+            pretraining.check_absent(config)
         if self.tasks:
             model["denoising"] = block
         else:
@@ -57,8 +65,12 @@ class DenoisingMixin:
                 model.pop("legacy_weight_decay", None)
             model.pop("denoising", None)
         config["model"] = model
+        if self.self_supervised:
+            pretraining.prepare(config)
         self._step: Step | None = None
         self._parts = Parts()
+        self._validating = False
+        self._left_out = 0
         super().__init__(**config)
 
     # --- setting up -----------------------------------------------------------------------------------------------
@@ -72,22 +84,45 @@ class DenoisingMixin:
         trained = {name for loss in self.config["loss_functions"] for name in loss}
         for task in self.tasks.values():
             task.check(self.output_targets, trained)
+        if self.denoising.repeat_cells is not None:
+            check_outputs(self.output_targets)
         for split, key in (("train", "dataset"), ("val", "val_dataset"), ("test", "test_dataset")):
             checks.check_source(f"dataset.{split}", self.config[key], self.config["dataset"])
 
     def load_model(self) -> None:
         super().load_model()
         self._draw_task = TaskDraw(self.tasks, self.config["cmd"]["seed"] or 0)
+        model = self._unwrapped_model
+        start = (self.config["model"].get("finetune_config") or {}).get("starting_checkpoint")
+        if start and self.tasks:
+            checkpoints.carry_over(model, start)
+        if self.denoising.drop_path is not None:
+            model.adapter.set_drop_path(self.denoising.drop_path.start)
+        if self.self_supervised:
+            model.self_supervised = True
+            pretraining.freeze(model)
+            if distutils.initialized():
+                # What is frozen after wrapping would be waited for.
+                self.model = DistributedDataParallel(model)
 
     def load_datasets(self) -> None:
-        """Load the host's datasets and check a sample of the training data."""
+        """Load the host's datasets and check a sample of the data."""
         super().load_datasets()
-        if self.train_dataset is not None:
-            checks.check_sample(self.tasks, self.train_dataset, self._max_num_elements)
+        for split in ("train", "val") if self.self_supervised else ("train",):
+            dataset = getattr(self, f"{split}_dataset")
+            if dataset is not None:
+                checks.check_sample(split, self.tasks, dataset, self.output_targets, self._max_num_elements)
+
+    def load_loss(self) -> None:
+        super().load_loss()
+        if self.self_supervised:
+            self.loss_functions = []  # the placeholder has no target
 
     def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> Any:
         if len(dataset) and "sid" not in dataset[0]:
             dataset = Numbered(dataset)
+        if self.denoising.repeat_cells is not None and sampler is getattr(self, "train_sampler", None):
+            dataset = RepeatedCells(dataset, self.denoising.repeat_cells, self._draw_task.seed, sampler)
         return super().get_dataloader(dataset, sampler, workers)
 
     def load_extras(self) -> None:
@@ -111,7 +146,7 @@ class DenoisingMixin:
                 self._unwrapped_model,
                 optimizer=None if inference_only else self.optimizer,
                 ema=self.ema,
-                restart=self.restart,
+                restart=self.denoising.restart,
             )
             super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
         if not inference_only and self.ema is None and self.ema_decay:
@@ -125,17 +160,32 @@ class DenoisingMixin:
         if every != -1 and self.step % every:
             # The host would leave the steps since the last checkpoint out of any.
             self.save(checkpoint_file="checkpoint.pt", training_state=True)
+        left_out = distutils.all_reduce(self._left_out, device=self.device)
+        if left_out:
+            logging.warning("%d structures had nothing to denoise and were left out of the denoising loss", left_out)
         if distutils.is_master() and not self.is_debug:
-            logging.info(checkpoints.what_next(self.config["cmd"]["checkpoint_dir"]))
+            folder = self.config["cmd"]["checkpoint_dir"]
+            logging.info(checkpoints.what_next(folder, pretrained=self.self_supervised))
+
+    def validate(self, *args: Any, **kwargs: Any) -> Any:
+        self._validating = True
+        try:
+            return super().validate(*args, **kwargs)
+        finally:
+            self._validating = False
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
     def _forward(self, batch: Any) -> dict[str, Tensor]:
         self._step, self._parts = None, Parts()
-        # Validation and prediction never corrupt.
+        # Prediction never corrupts; validation does where there is nothing else to judge by.
         if self.model.training:
-            checks.check_batch(batch, self._max_num_elements)
-            self._step = self._begin(batch)
+            checks.check_batch(batch, self.output_targets, self._max_num_elements)
+            if self.denoising.drop_path is not None:
+                self._unwrapped_model.adapter.set_drop_path(self.denoising.drop_path.rate(self.step))
+            self._step = self._begin(batch, self._draw_task(self.step), self._draw_task.seed, self.step)
+        elif self._validating and self.self_supervised:
+            self._step = self._begin(batch, next(iter(self.tasks.values())), 0, VALIDATION)
         if self._step is None:
             return super()._forward(batch)
         with _handed(self.model, self._step.plan) as returned:
@@ -143,28 +193,34 @@ class DenoisingMixin:
         self._step.noise = returned[NOISE].float()
         return out
 
-    def _begin(self, batch: Any) -> Step | None:
-        """Draw the step's task and corrupt the batch, all on the CPU, before anything is moved to the device."""
-        task = self._draw_task(self.step)
+    def _begin(self, batch: Any, task: Task | None, seed: int, step: int) -> Step | None:
+        """Corrupt the batch for a task, all on the CPU, before anything is moved to the device."""
         if task is None:
             return None
         structures = structures_of(batch)
-        corruption = task.corrupt(structures, seed=self._draw_task.seed, step=self.step)
-        progress = self.step / max(self.config["optim"].get("max_epochs", 1) * len(self.train_loader), 1)
+        corruption = task.corrupt(structures, seed=seed, step=step)
+        passes = task.passes(structures, corruption, seed=seed, step=step)
+        progress = self.step / max(self.config["optim"].get("max_epochs", 1) * len(self.train_loader or ()), 1)
+        objective = task.objective(min(progress, 1.0))
+        if objective.scale is None:
+            running = self._unwrapped_model.denoising[task.name]["scale"]
+            if step != VALIDATION:
+                running.update(corruption.noise[corruption.mask], distutils.all_reduce)
+            objective = replace(objective, scale=running.scale)
         return Step(
             corruption=corruption,
-            plan=Plan(task.name, task.passes(structures, corruption)).to(self.device),
-            objective=task.objective(min(progress, 1.0)),
+            plan=Plan(task.name, passes).to(self.device),
+            objective=objective,
             fixed=structures.fixed,
             outputs=self.output_targets,
         )
 
     def _compute_loss(self, out: dict[str, Tensor], batch: Any) -> Tensor:
-        if not self.model.training:
-            return super()._compute_loss(out, batch)
         step, host_functions = self._step, self.loss_functions
+        if step is None and not self.model.training:
+            return super()._compute_loss(out, batch)
         ranks = Ranks(distutils.get_world_size(), partial(distutils.all_reduce, device=self.device))
-        if step is None:
+        if step is None or step.objective.clean:
             self.loss_functions = [Noted.of(target, info, self._parts) for target, info in host_functions]
         else:
             batch = step.trained(batch)
@@ -180,16 +236,21 @@ class DenoisingMixin:
     def _compute_metrics(
         self, out: dict[str, Tensor], batch: Any, evaluator: Any, metrics: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        if not self.model.training:
-            return super()._compute_metrics(out, batch, evaluator, metrics)
-        if self._step is None:
+        step, metrics = self._step, metrics or {}
+        if step is None or (step.objective.clean and self.output_targets):
             metrics = super()._compute_metrics(out, batch, evaluator, metrics)
-        else:
-            metrics = metrics or {}
+        if step is not None:
             denormalised = {name: self._denorm_preds(name, value.detach(), batch) for name, value in out.items()}
-            for name, prediction, target in self._step.judged(denormalised, batch):
-                if len(prediction):  # the host divides by the count
+            for name, prediction, target in step.judged(denormalised, batch):
+                # On every rank the same names; the host would divide by a count of zero.
+                metrics.setdefault(name, {"metric": 0.0, "total": 0, "numel": 0})
+                if len(prediction):
                     metrics = evaluator.update(name, mae({name: prediction}, {name: target}, name), metrics)
+        if step is not None and step.objective.loss is not None:
+            idle = int((~step.corruption.corrupted).sum())
+            self._left_out += idle if self.model.training else 0
+            share = {"total": idle, "numel": len(step.corruption.sigma)}
+            metrics = evaluator.update("denoising_left_out", share, metrics)
         if self._parts:
             # One transfer, where the host has waited for the device already.
             for name, value in zip(self._parts, torch.stack(list(self._parts.values())).tolist(), strict=True):
@@ -220,16 +281,17 @@ def _handed(model: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
 
 
 def _with_defaults(evaluation: dict[str, Any] | None, outputs: dict[str, Any]) -> dict[str, Any]:
-    """The host's default metrics for the outputs of a config that names none."""
+    """The host's default metrics for the outputs of a config that names none, and one of them to be judged by."""
     evaluation = dict(evaluation or {})
-    names = set(outputs)
-    known = "s2ef" if {"energy", "forces"} <= names else "is2re" if "energy" in names else None
-    if not evaluation.get("metrics"):
-        evaluation["metrics"] = copy.deepcopy(Evaluator.task_metrics[known]) if known else {n: ["mae"] for n in names}
+    known = "s2ef" if {"energy", "forces"} <= set(outputs) else "is2re" if "energy" in outputs else None
+    if not evaluation.get("metrics") and outputs:
+        evaluation["metrics"] = copy.deepcopy(Evaluator.task_metrics[known]) if known else {n: ["mae"] for n in outputs}
     if not evaluation.get("primary_metric"):
-        evaluation["primary_metric"] = (
-            Evaluator.task_primary_metric[known] if known else f"{next(iter(evaluation['metrics']))}_mae"
-        )
+        metrics = evaluation["metrics"].items()
+        # The host's own rule for their names.
+        names = [fn if output in fn or output == "misc" else f"{output}_{fn}" for output, fns in metrics for fn in fns]
+        preferred = (Evaluator.task_primary_metric.get(known), "forces_mae", "energy_mae", *names)
+        evaluation["primary_metric"] = next(name for name in preferred if name in names)
     return evaluation
 
 

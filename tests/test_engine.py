@@ -28,7 +28,7 @@ def dens_plan(batch, seed=0, step=1, block=DENS):
     task = build_tasks(block)[0]["dens"]
     structures = structures_of(batch)
     corruption = task.corrupt(structures, seed=seed, step=step)
-    return Plan("dens", task.passes(structures, corruption)), corruption
+    return Plan("dens", task.passes(structures, corruption, seed=seed, step=step)), corruption
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -123,7 +123,7 @@ def test_noise_prediction_turns_with_the_structure_and_the_told_forces(name, row
     turned.cell = batch.cell @ rotation
     turned.pos = batch.pos @ rotation
     forces, mask, sigma = plan.passes[0].encoding
-    moved = Pass(plan.passes[0].pos @ rotation, (forces @ rotation, mask, sigma), noise=True)
+    moved = Pass(plan.passes[0].pos @ rotation, encoding=(forces @ rotation, mask, sigma), noise=True)
     with torch.no_grad():
         plain = model(copy.deepcopy(batch))
         plain_turned = model(copy.deepcopy(turned))
@@ -185,7 +185,7 @@ def test_an_atom_without_a_force_leaves_no_trace(name, rows):
     batch = collate(rows[:2])
     n = len(batch.pos)
     told = (batch.forces, torch.zeros(n, dtype=torch.bool), torch.zeros(n))
-    out, _ = run(model, batch, Plan("dens", (Pass(batch.pos, told, noise=True),)))
+    out, _ = run(model, batch, Plan("dens", (Pass(batch.pos, encoding=told, noise=True),)))
     silent, _ = run(model, batch, Plan("dens", (Pass(batch.pos, noise=True),)))
     for key in out:
         assert torch.equal(out[key], silent[key])

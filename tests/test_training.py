@@ -244,7 +244,7 @@ def test_a_sample_of_very_large_data_stays_within_it():
             return row
 
     row = slabs(1)[0]
-    check_sample({}, Large(), 90)
+    check_sample("train", {}, Large(), {}, 90)
 
 
 def with_a_second_energy(data, denoising):
@@ -362,7 +362,7 @@ def test_the_branch_is_alive(name, data, tmp_path):
         batch = collate([row])
         structures = structures_of(batch)
         corruption = task.corrupt(structures, seed=0, step=index)
-        (run,) = task.passes(structures, corruption)
+        (run,) = task.passes(structures, corruption, seed=0, step=1)
         other = next(frame for frame in frames[index:] + frames if frame.sid == row.sid and frame.fid != row.fid)
         mask, target = corruption.mask, corruption.noise / 0.15
         for which, forces in (("right", row.forces), ("wrong", other.forces)):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from fairchem_scd.conditions import Given
 from fairchem_scd.config import ConfigError
 
 
@@ -50,6 +51,48 @@ class Adapter(ABC):
     @abstractmethod
     def vector_head(self) -> nn.Module:
         """Another instance of the backbone's own force head: (data, embedding) → {name: [N, 3]}."""
+
+    @property
+    def scalar_channels(self) -> int:
+        """Number C of l = 0 features of an atom, all resolutions together."""
+        raise self._cannot("embed")
+
+    @property
+    def num_modulated(self) -> int:
+        """Number of blocks that a condition can modulate."""
+        raise self._cannot("modulate")
+
+    def scalars(self, embedding: Any) -> Tensor:
+        """[N, C] final l = 0 features, of what the backbone's forward returned."""
+        raise self._cannot("embed")
+
+    def in_pass(self, given: Given | None, heads: Iterable[nn.Module]) -> AbstractContextManager[None]:
+        """While entered, a pass runs: every block that can be modulated calls `given.scalars` and `given.update`.
+
+        What the host runs again in backward must run as it first did, whatever was run since.
+
+        Args:
+            given: the modulation; None: no condition, and no trace.
+            heads: the heads that run in this pass.
+        """
+        if given is not None:
+            raise self._cannot("modulate")
+        return nullcontext()
+
+    def element_embeddings(self) -> Iterable[nn.Module]:
+        """What turns an atom's element into its first features; frozen in pre-training."""
+        raise self._cannot("embed elements")
+
+    def set_drop_path(self, rate: float) -> None:
+        """Set the drop-path rate of every block."""
+        raise ConfigError(f"task.denoising.drop_path: {self.names[0]} has no drop path; leave it out")
+
+    def _cannot(self, what: str) -> ConfigError:
+        return ConfigError(
+            f"task.denoising.scd: {type(self).__name__}, the adapter of {self.names[0]}, does not say how to {what}; "
+            "it needs scalar_channels, num_modulated, scalars, in_pass and element_embeddings (see "
+            "fairchem_scd.backbones.Adapter). With condition: [] nothing is embedded"
+        )
 
     @abstractmethod
     def encoded(self, encoding: Tensor) -> AbstractContextManager[None]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from fairchem.core.models.equiformer_v2.drop import GraphDropPath
 from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone
 from fairchem.core.models.equiformer_v2.heads import EqV2VectorHead
+from fairchem.core.models.equiformer_v2.transformer_block import SO2EquivariantGraphAttention
 from torch import Tensor, nn
 
 from fairchem_scd.backbones.base import Adapter, register_adapter
+from fairchem_scd.backbones.hooks import hooked, with_scalars
+from fairchem_scd.conditions import Given
 from fairchem_scd.config import ConfigError
 
 _HEADS = {"energy": {"module": "equiformerV2_scalar_head"}, "forces": {"module": "equiformerV2_vector_head"}}
@@ -38,6 +42,43 @@ class EquiformerV2Adapter(Adapter):
     def vector_head(self) -> nn.Module:
         return EqV2VectorHead(self.backbone)
 
+    @property
+    def scalar_channels(self) -> int:
+        return self.backbone.sphere_channels
+
+    @property
+    def num_modulated(self) -> int:
+        return len(self.backbone.blocks)
+
+    def scalars(self, embedding: Any) -> Tensor:
+        return embedding["node_embedding"].embedding[:, 0]
+
+    def element_embeddings(self) -> Iterable[nn.Module]:
+        return (self.backbone.sphere_embedding,)
+
+    def set_drop_path(self, rate: float) -> None:
+        for block in self.backbone.blocks:
+            if block.drop_path is None:  # built without: it has no weights
+                block.drop_path = GraphDropPath(rate)
+            block.drop_path.drop_prob = rate
+
+    @contextmanager
+    def in_pass(self, given: Given | None, heads: Iterable[nn.Module]) -> Iterator[None]:
+        backbone = self.backbone
+        with ExitStack() as stack:
+            if backbone.activation_checkpoint:
+                rotations = _Rotations(backbone.SO3_rotation)
+                blocks = [_Again(block, rotations, given, i) for i, block in enumerate(backbone.blocks)]
+                stack.enter_context(_replaced(backbone, "blocks", blocks))
+                for head in heads:
+                    for name, child in head.named_children():
+                        if isinstance(child, SO2EquivariantGraphAttention):
+                            stack.enter_context(_replaced(head, name, _Again(child, rotations)))
+            elif given is not None:
+                for i, block in enumerate(backbone.blocks):
+                    stack.enter_context(_modulated(block, given, i))
+            yield
+
     @contextmanager
     def encoded(self, encoding: Tensor) -> Iterator[None]:
         # The edge-degree embedding is the last thing added before the first block, and lies outside what activation
@@ -46,8 +87,69 @@ class EquiformerV2Adapter(Adapter):
             degree.embedding = degree.embedding + encoding
             return degree
 
-        handle = self.backbone.edge_degree_embedding.register_forward_hook(add)
+        with hooked(self.backbone.edge_degree_embedding.register_forward_hook(add)):
+            yield
+
+
+@contextmanager
+def _modulated(block: nn.Module, given: Given, index: int) -> Iterator[None]:
+    """While entered, modulate what attention reads and writes: row 0 of the coefficients is l = 0."""
+
+    def enter(module: nn.Module, args: tuple[Any, ...], normed: Tensor) -> Tensor:
+        return with_scalars(normed, [0], lambda x: given.scalars(index, x))
+
+    def leave(module: nn.Module, args: tuple[Any, ...], update: Any) -> Any:
+        update.embedding = with_scalars(update.embedding, [0], lambda x: given.update(index, x))
+        return update
+
+    with hooked(block.norm_1.register_forward_hook(enter), block.ga.register_forward_hook(leave)):
+        yield
+
+
+class _Rotations:
+    """The edge rotations of one pass, which the backbone keeps of its latest pass alone."""
+
+    def __init__(self, modules: nn.ModuleList) -> None:
+        self.modules = modules
+        self.kept: list[tuple[Tensor, Tensor]] | None = None
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        now = [(m.wigner, m.wigner_inv) for m in self.modules]
+        if self.kept is None:  # the pass's first block: these are its own
+            self.kept = now
+        self._set(self.kept)
         try:
             yield
         finally:
-            handle.remove()
+            self._set(now)
+
+    def _set(self, rotations: list[tuple[Tensor, Tensor]]) -> None:
+        for module, (wigner, inverse) in zip(self.modules, rotations, strict=True):
+            module.wigner, module.wigner_inv = wigner, inverse
+
+
+class _Again:
+    """Stands in for a block during a pass, so that activation checkpointing runs it again as in that pass."""
+
+    def __init__(
+        self, block: nn.Module, rotations: _Rotations, given: Given | None = None, index: int | None = None
+    ) -> None:
+        self.block, self.rotations, self.given, self.index = block, rotations, given, index
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            stack.enter_context(self.rotations.restored())
+            if self.given is not None:
+                stack.enter_context(_modulated(self.block, self.given, self.index))
+            return self.block(*args, **kwargs)
+
+
+@contextmanager
+def _replaced(module: nn.Module, name: str, stand_in: Any) -> Iterator[None]:
+    """While entered, the module's attribute is something else; its registered submodules stay."""
+    module.__dict__[name] = stand_in
+    try:
+        yield
+    finally:
+        del module.__dict__[name]

@@ -5,23 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fairchem_scd.config import Settings, parse_denoising
-from fairchem_scd.tasks.base import NOISE, Objective, Pass, Plan, Structures, Task, structures_of
+from fairchem_scd.config import Denoising, Settings, parse_denoising
+from fairchem_scd.tasks.base import (
+    NOISE,
+    VALIDATION,
+    Objective,
+    Part,
+    Pass,
+    Plan,
+    Structures,
+    Task,
+    identities,
+    structures_of,
+)
 from fairchem_scd.tasks.dens import Dens
 from fairchem_scd.tasks.draw import TaskDraw
 from fairchem_scd.tasks.noisy_nodes import NoisyNodes
+from fairchem_scd.tasks.scd import Scd
 
 __all__ = [
     "NOISE",
+    "VALIDATION",
     "Dens",
     "NoisyNodes",
     "Objective",
+    "Part",
     "Pass",
     "Plan",
+    "Scd",
     "Structures",
     "Task",
     "TaskDraw",
     "build_tasks",
+    "identities",
     "register_task",
     "structures_of",
 ]
@@ -35,16 +51,20 @@ def register_task(cls: type[Task]) -> type[Task]:
     return cls
 
 
-for _task in (Dens, NoisyNodes):
+for _task in (Dens, Scd, NoisyNodes):
     register_task(_task)
 
 
-def build_tasks(block: Mapping[str, Any] | None) -> tuple[dict[str, Task], bool]:
-    """The tasks that a `task.denoising` block turns on, by name, and its `restart` setting.
+def build_tasks(block: Mapping[str, Any] | None, supervised: bool = True) -> tuple[dict[str, Task], Denoising]:
+    """The tasks that a `task.denoising` block turns on, by name, and the parsed block.
+
+    Args:
+        block: as read from YAML.
+        supervised: the config trains outputs beside the tasks.
 
     Raises:
         ConfigError: the block is not valid.
     """
     classes: dict[str, type[Settings]] = {name: cls.Settings for name, cls in _TASKS.items()}
-    settings, restart = parse_denoising(block, classes)
-    return {name: _TASKS[name](s) for name, s in settings.items()}, restart
+    parsed = parse_denoising(block, classes)
+    return {name: _TASKS[name](s, supervised) for name, s in parsed.tasks.items()}, parsed

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from fairchem_scd.conditions import ForceEncoding
 from fairchem_scd.config import ConfigError, DensSettings
 from fairchem_scd.corruption import Corruption, corrupt
-from fairchem_scd.tasks.base import Objective, Pass, Structures, Task
+from fairchem_scd.tasks.base import Backbone, Objective, Pass, Structures, Task, require
 
 
 class Dens(Task):
@@ -37,11 +36,13 @@ class Dens(Task):
                 known = ", ".join(n for n in outputs if n != "forces")
                 raise ConfigError(f"task.denoising.dens.train_outputs: '{name}' is not an output; outputs: {known}")
 
-    def modules(self, spec: Mapping[str, Any], vector_head: Callable[[], nn.Module]) -> nn.ModuleDict:
-        modules = nn.ModuleDict({"noise_head": vector_head()})
+    def modules(self, backbone: Backbone) -> nn.ModuleDict:
+        modules = nn.ModuleDict({"noise_head": backbone.vector_head()})
         s = self.settings
         if s.force_encoding or s.sigma_encoding:
-            modules["encoding"] = ForceEncoding(**spec, forces=s.force_encoding, sigma=s.sigma_encoding)
+            modules["encoding"] = ForceEncoding(
+                **backbone.encoding_spec, forces=s.force_encoding, sigma=s.sigma_encoding
+            )
         return modules
 
     def corrupt(self, structures: Structures, *, seed: int, step: int) -> Corruption:
@@ -52,18 +53,18 @@ class Dens(Task):
             self.movable(structures),
             seed=seed,
             step=step,
-            sigmas=s.schedule or (s.std,),
+            sigmas=s.sigmas,
             ratio=s.corrupt_ratio,
             excluded=self._excluded(structures),
             max_ratio=s.strict_max_ratio,
         )
 
-    def passes(self, structures: Structures, corruption: Corruption) -> tuple[Pass, ...]:
+    def passes(self, structures: Structures, corruption: Corruption, *, seed: int, step: int) -> tuple[Pass, ...]:
         encoding = None
         if self.settings.force_encoding or self.settings.sigma_encoding:
-            forces = _require(structures.forces, "forces")
+            forces = require(structures.forces, "forces", self.name)
             encoding = (forces, corruption.mask, corruption.sigma[corruption.batch])
-        return (Pass(structures.pos + corruption.noise, encoding, noise=True),)
+        return (Pass(structures.pos + corruption.noise, encoding=encoding, noise=True),)
 
     def objective(self, progress: float) -> Objective:
         s = self.settings
@@ -85,18 +86,11 @@ class Dens(Task):
         if s.min_num_atoms is not None:
             excluded |= structures.natoms < s.min_num_atoms
         if s.max_force_norm is not None:
-            norm = _require(structures.forces, "forces").norm(dim=-1)
+            norm = require(structures.forces, "forces", self.name).norm(dim=-1)
             largest = torch.zeros(len(excluded), dtype=norm.dtype)
-            batch = torch.repeat_interleave(torch.arange(len(excluded)), structures.natoms)
-            largest.scatter_reduce_(0, batch, norm, "amax")
+            largest.scatter_reduce_(0, structures.batch, norm, "amax")
             excluded |= largest > s.max_force_norm
         if s.max_stress_norm is not None:
-            stress = _require(structures.stress, "stress").reshape(len(excluded), -1)
+            stress = require(structures.stress, "stress", self.name).reshape(len(excluded), -1)
             excluded |= stress.norm(dim=-1) > s.max_stress_norm
         return excluded
-
-
-def _require(label: Tensor | None, name: str) -> Tensor:
-    if label is None:
-        raise ConfigError(f"task.denoising.dens needs '{name}', which the data does not have")
-    return label

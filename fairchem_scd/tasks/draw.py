@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from fairchem_scd.corruption import stream
 from fairchem_scd.tasks.base import Task
 
+# Probabilities that sum to 1 leave no ordinary step, however their sum is rounded.
+_ROUNDING = 1e-9
+
 
 class TaskDraw:
     """Draws the task of a step from (seed, step) alone: the same on every rank, and after a restart.
@@ -25,6 +28,6 @@ class TaskDraw:
         point = stream(self.seed, step, "task of the step").random()
         for task in self.tasks.values():
             point -= task.settings.prob
-            if point < 0:
+            if task.settings.prob and point < _ROUNDING:
                 return task
         return None

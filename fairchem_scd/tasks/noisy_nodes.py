@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 from torch import nn
 
 from fairchem_scd.config import NoisyNodesSettings
 from fairchem_scd.corruption import Corruption, corrupt
-from fairchem_scd.tasks.base import Objective, Pass, Structures, Task
+from fairchem_scd.tasks.base import Backbone, Objective, Pass, Structures, Task
 
 
 class NoisyNodes(Task):
@@ -19,8 +16,8 @@ class NoisyNodes(Task):
     Settings = NoisyNodesSettings
     settings: NoisyNodesSettings
 
-    def modules(self, spec: Mapping[str, Any], vector_head: Callable[[], nn.Module]) -> nn.ModuleDict:
-        return nn.ModuleDict({"noise_head": vector_head()})
+    def modules(self, backbone: Backbone) -> nn.ModuleDict:
+        return nn.ModuleDict({"noise_head": backbone.vector_head()})
 
     def corrupt(self, structures: Structures, *, seed: int, step: int) -> Corruption:
         s = self.settings
@@ -34,8 +31,8 @@ class NoisyNodes(Task):
             ratio=s.corrupt_ratio,
         )
 
-    def passes(self, structures: Structures, corruption: Corruption) -> tuple[Pass, ...]:
-        return (Pass(structures.pos + corruption.noise, noise=True),)
+    def passes(self, structures: Structures, corruption: Corruption, *, seed: int, step: int) -> tuple[Pass, ...]:
+        return (Pass(structures.pos + corruption.noise, outputs=self.supervised, noise=True),)
 
     def objective(self, progress: float) -> Objective:
         return Objective(coefficient=self.settings.coefficient, scale=self.settings.std, loss=self.settings.loss)

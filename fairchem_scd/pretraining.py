@@ -1,0 +1,74 @@
+"""Self-supervised pre-training: a config that trains no outputs, as the host's trainer can run it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fairchem_scd.config import ConfigError
+from fairchem_scd.model import DenoisingHydra
+from fairchem_scd.tasks import Task
+
+PRIMARY_METRIC = "denoising_pos_mae"
+
+# The host takes a config without loss functions for one of an old format.
+_PLACEHOLDER = [{"denoising_pos": {"fn": "mse", "coefficient": 0}}]
+
+
+def is_self_supervised(outputs: Any, loss_functions: Any) -> bool:
+    """Whether a config says `outputs: {}` and `loss_functions: []`, or is one that `prepare` made of such."""
+    return not outputs and isinstance(loss_functions, list) and loss_functions in ([], _PLACEHOLDER)
+
+
+def prepare(config: dict[str, Any]) -> None:
+    """Fill in, in place, what the host's trainer cannot do without.
+
+    Args:
+        config: keyword arguments of a host trainer.
+    """
+    config["loss_functions"] = copy.deepcopy(_PLACEHOLDER)
+    asked = config.get("evaluation_metrics") or {}
+    ours = {"metrics": {}, "primary_metric": PRIMARY_METRIC}
+    if asked and asked != ours:
+        logging.warning("evaluation_metrics: without outputs there is %s and nothing else to judge by", PRIMARY_METRIC)
+    config["evaluation_metrics"] = ours
+    config["model"]["heads"] = config["model"].get("heads") or {}
+    data = config["dataset"]
+    if isinstance(data, Mapping) and data.get("test"):
+        logging.warning("dataset.test: without outputs there is nothing to predict; it is left out")
+        config["dataset"] = {split: block for split, block in data.items() if split != "test"}
+
+
+def check_absent(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where outputs and loss functions are absent, from which the host would infer an old format."""
+    old = config.get("loss_functions") or config.get("outputs") or "dataset" in (config.get("task") or {})
+    if not old:
+        raise ConfigError(
+            "outputs, loss_functions: absent. To train without labels say so: `outputs: {}` and `loss_functions: []`; "
+            "beside labels, name both as in configs/quickstart.yml"
+        )
+
+
+def check_tasks(tasks: Mapping[str, Task]) -> None:
+    """Raise ConfigError unless every step has a task: an ordinary step would have nothing to train."""
+    total = sum(task.settings.prob for task in tasks.values())
+    if total < 1 - 1e-9:
+        shares = ", ".join(f"task.denoising.{name}.prob: {task.settings.prob:g}" for name, task in tasks.items())
+        raise ConfigError(
+            f"{shares or 'task.denoising names no task'}: without outputs every step must denoise; the probabilities "
+            "must sum to 1 (leave one out to fill it up)"
+        )
+
+
+def freeze(model: DenoisingHydra) -> None:
+    """Freeze what pre-training must not move (SCD, arXiv 2603.17196): element embeddings, mask token, the user's heads.
+
+    Element embeddings would shrink to nothing, and fine-tuning from there blows up; heads have no loss.
+    """
+    frozen = [p for module in model.adapter.element_embeddings() for p in module.parameters()]
+    frozen += model.output_heads.parameters()
+    frozen += [p for name, p in model.named_parameters() if name.endswith("condition_head.mask_token")]
+    for parameter in frozen:
+        parameter.requires_grad_(False)

@@ -1,0 +1,156 @@
+"""SCD: self-conditioned denoising (Perez, Gómez-Bombarelli, 2026, arXiv 2603.17196)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from fairchem_scd.conditions import ConditionHead, ForceEncoding, Modulation
+from fairchem_scd.config import ConfigError, ScdSettings
+from fairchem_scd.corruption import Corruption, corrupt, stream
+from fairchem_scd.scale import RunningScale
+from fairchem_scd.tasks.base import VALIDATION, Backbone, Objective, Part, Pass, Structures, Task, require
+
+_STD_REG = 0.005
+_COEFFICIENT = {True: 10.0, False: 1.0}  # beside other losses, and alone
+
+
+class Scd(Task):
+    """Embed a structure, corrupt it, tell the model the embedding, predict the noise.
+
+    Two passes. The first, over the clean structure, embeds it, and beside other losses predicts the config's outputs;
+    the second, over the corrupted one, predicts the noise. Where the parts to embed or to denoise are not the whole
+    structure, each is a graph of its own, and outputs come from a pass over the whole.
+    """
+
+    name = "scd"
+    Settings = ScdSettings
+    settings: ScdSettings
+
+    @property
+    def labels(self) -> frozenset[str]:
+        s = self.settings
+        forces = {"forces"} if "forces" in s.condition else set()
+        return frozenset(forces | ({"tags"} if s.embed_tags or s.denoise_tags else set()))
+
+    def check(self, outputs: Collection[str], trained: Collection[str]) -> None:
+        if self.supervised and self.settings.embed_tags is None and self.settings.std_reg:
+            raise ConfigError(
+                "task.denoising.scd.std_reg: the clean pass also trains the config's outputs, whose labels belong to "
+                "the structure as it is; leave std_reg out"
+            )
+
+    def movable(self, structures: Structures) -> Tensor:
+        movable = super().movable(structures)
+        if self.settings.denoise_tags is None:
+            return movable
+        return movable & _tagged(structures, self.settings.denoise_tags)
+
+    def modules(self, backbone: Backbone) -> nn.ModuleDict:
+        s = self.settings
+        modules = nn.ModuleDict({"noise_head": backbone.vector_head()})
+        if "self" in s.condition:
+            channels, masked = backbone.scalar_channels, s.null_condition == "mask_token"
+            modules["condition_head"] = ConditionHead(channels, pool=s.pool, clamp=s.clamp, mask_token=masked)
+            modules["modulation"] = Modulation(
+                channels, backbone.num_modulated, null=s.null_condition, gate_bound=s.gate_bound
+            )
+        if "forces" in s.condition:
+            modules["encoding"] = ForceEncoding(**backbone.encoding_spec)
+        if self._runs_scale:
+            modules["scale"] = RunningScale(math.sqrt(sum(sigma**2 for sigma in s.sigmas) / len(s.sigmas)))
+        return modules
+
+    def corrupt(self, structures: Structures, *, seed: int, step: int) -> Corruption:
+        s = self.settings
+        return self._noise(structures, s.denoise_tags, s.sigmas, s.corrupt_ratio, seed, step, "")
+
+    def passes(self, structures: Structures, corruption: Corruption, *, seed: int, step: int) -> tuple[Pass, ...]:
+        s = self.settings
+        embedded, denoised = _part(structures, s.embed_tags), _part(structures, s.denoise_tags)
+        passes, told = [], None
+        if "self" in s.condition:
+            clean = self._clean_view(structures, seed, step)
+            shared = self.supervised and s.embed_tags is None
+            if self.supervised and not shared:
+                passes.append(Pass(structures.pos))
+            stop = s.stop_gradient_condition
+            passes.append(Pass(clean, part=embedded, outputs=shared, embed=True, stop_gradient=stop))
+            told = self._told(structures, seed, step)
+        elif self.supervised:
+            passes.append(Pass(structures.pos))
+        encoding = None
+        if "forces" in s.condition:
+            forces = require(structures.forces, "forces", self.name)
+            encoding = (forces, corruption.mask, corruption.sigma[corruption.batch])
+        noisy = structures.pos + corruption.noise
+        passes.append(Pass(noisy, part=denoised, encoding=encoding, told=told, outputs=False, noise=True))
+        return tuple(passes)
+
+    def objective(self, progress: float) -> Objective:
+        s = self.settings
+        coefficient = _COEFFICIENT[self.supervised] if s.coefficient is None else s.coefficient
+        scale = None if self._runs_scale else s.std
+        return Objective(coefficient, scale, loss=s.loss, clean=True)
+
+    @property
+    def _runs_scale(self) -> bool:
+        s = self.settings
+        return s.noise_scale == "running" or (s.noise_scale is None and s.schedule is not None)
+
+    def _clean_view(self, structures: Structures, seed: int, step: int) -> Tensor:
+        """[N, 3] positions of the clean pass, Å."""
+        s = self.settings
+        std = s.std_reg if s.std_reg is not None else 0.0 if self.supervised else _STD_REG
+        if std == 0:
+            return structures.pos
+        return structures.pos + self._noise(structures, s.embed_tags, (std,), None, seed, step, "clean view of ").noise
+
+    def _told(self, structures: Structures, seed: int, step: int) -> Tensor:
+        """[B] bool: structures that have an embedding and are told it."""
+        told = torch.zeros(len(structures.natoms), dtype=torch.bool)
+        told[structures.batch[_tagged(structures, self.settings.embed_tags)]] = True
+        if step != VALIDATION:
+            drops = [stream(seed, step, f"condition of {name}").random() for name in structures.ids]
+            told &= torch.tensor(drops) >= self.settings.condition_drop
+        return told
+
+    def _noise(
+        self,
+        structures: Structures,
+        tags: Collection[int] | None,
+        sigmas: tuple[float, ...],
+        ratio: float | None,
+        seed: int,
+        step: int,
+        purpose: str,
+    ) -> Corruption:
+        """Noise on a part as if it were all there is: its mean is removed where the whole part moved."""
+        chosen = _tagged(structures, tags)
+        movable = torch.ones_like(structures.fixed) if self.settings.all_atoms else ~structures.fixed
+        batch = structures.batch
+        counts = torch.zeros_like(structures.natoms).index_add_(0, batch, chosen.to(structures.natoms))
+        ids = [purpose + name for name in structures.ids]
+        drawn = corrupt(counts, ids, movable[chosen], seed=seed, step=step, sigmas=sigmas, ratio=ratio)
+        noise, mask = torch.zeros(len(chosen), 3), torch.zeros_like(chosen)
+        noise[chosen], mask[chosen] = drawn.noise, drawn.mask
+        return Corruption(noise, mask, drawn.sigma, batch)
+
+
+def _tagged(structures: Structures, tags: Collection[int] | None) -> Tensor:
+    """[N] bool: the atoms with one of the tags; None: all."""
+    if tags is None:
+        return torch.ones_like(structures.fixed)
+    return torch.isin(require(structures.tags, "tags", Scd.name), torch.tensor(sorted(tags)))
+
+
+def _part(structures: Structures, tags: Collection[int] | None) -> Part | None:
+    """The atoms with one of the tags as a batch of their own; None: all atoms.
+
+    All atoms too where no atom of the batch has one: a pass over them costs little, and keeps every rank in step.
+    """
+    chosen = _tagged(structures, tags)
+    return None if chosen.all() or not chosen.any() else Part.of(structures.natoms, chosen)
