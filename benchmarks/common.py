@@ -81,7 +81,15 @@ def hydra(
     }
 
 
-def training(*, epochs: int, batch_size: int, lr: float, ema: float | None) -> dict[str, Any]:
+def training(
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    ema: float | None,
+    weight_decay: float = 0.001,
+    clip: float = 100,
+) -> dict[str, Any]:
     """The `optim:` block: AdamW and a cosine with warm-up, as the OC20 configs have it, and nothing between epochs."""
     return {
         "batch_size": batch_size,
@@ -89,7 +97,7 @@ def training(*, epochs: int, batch_size: int, lr: float, ema: float | None) -> d
         "num_workers": 0,
         "lr_initial": lr,
         "optimizer": "AdamW",
-        "optimizer_params": {"weight_decay": 0.001},
+        "optimizer_params": {"weight_decay": weight_decay},
         "scheduler": "LambdaLR",
         "scheduler_params": {
             "lambda_type": "cosine",
@@ -98,7 +106,7 @@ def training(*, epochs: int, batch_size: int, lr: float, ema: float | None) -> d
             "lr_min_factor": 0.01,
         },
         "max_epochs": epochs,
-        "clip_grad_norm": 100,
+        "clip_grad_norm": clip,
         "ema_decay": ema,
         "eval_every": 10**12,
     }
@@ -112,38 +120,46 @@ def make_trainer(
     *,
     seed: int,
     denoising: dict[str, Any] | None = None,
+    supervised: bool = True,
+    folder: Path | None = None,
     device: str = "cpu",
     amp: bool = False,
 ) -> Any:
-    """A trainer of energies and forces, as the host's command builds it, but without process groups or files.
+    """A trainer as the host's command builds it, but without process groups.
 
     Args:
         trainer: a registered name or a dotted one.
         model, dataset, optim: blocks of a config.
         denoising: the `task.denoising` block.
+        supervised: train energies and forces; else nothing but denoising, without heads.
+        folder: for logs and checkpoints; None: nothing is written.
     """
     setup_imports()
-    outputs = {
-        "energy": {"level": "system"},
-        "forces": {"level": "atom", "train_on_free_atoms": True, "eval_on_free_atoms": True},
-    }
+    model = copy.deepcopy(model)
+    outputs: dict[str, Any] = {}
+    losses: list[dict[str, Any]] = []
+    evaluation: dict[str, Any] = {}
+    if supervised:
+        outputs = {
+            "energy": {"level": "system"},
+            "forces": {"level": "atom", "train_on_free_atoms": True, "eval_on_free_atoms": True},
+        }
+        losses = [{"energy": {"fn": "mae", "coefficient": 2}}, {"forces": {"fn": "l2mae", "coefficient": 100}}]
+        evaluation = {"primary_metric": "forces_mae", "metrics": {"energy": ["mae"], "forces": ["mae"]}}
+    else:
+        model.pop("heads", None)
     return registry.get_trainer_class(trainer)(
         task={"denoising": denoising} if denoising else {},
-        model=copy.deepcopy(model),
+        model=model,
         outputs=outputs,
         dataset=copy.deepcopy(dataset),
         optimizer=copy.deepcopy(optim),
-        loss_functions=[
-            {"energy": {"fn": "mae", "coefficient": 2}},
-            {"forces": {"fn": "l2mae", "coefficient": 100}},
-        ],
-        evaluation_metrics={
-            "primary_metric": "forces_mae",
-            "metrics": {"energy": ["mae"], "forces": ["mae"]},
-        },
+        loss_functions=losses,
+        evaluation_metrics=evaluation,
         identifier="benchmark",
         local_rank=0,
-        is_debug=True,  # no folders, no log files
+        run_dir=str(folder) if folder else None,
+        is_debug=folder is None,
         print_every=10**9,
         seed=seed,
         logger="tensorboard",

@@ -1,4 +1,4 @@
-"""What a training step costs: the host's plain step, this package's DeNS steps, and the host's own DeNS.
+"""What a training step costs: the host's plain step, this package's DeNS and SCD steps, and the host's own DeNS.
 
 Every variant is a real trainer of the same config on the same batch of the package's sample slabs. A step is what the
 trainers' loop does with a batch: corruption, forward, loss, metrics, backward, clipping, optimiser, average of weights.
@@ -10,6 +10,7 @@ Memory is the most that one step holds: the tensors the trainer keeps (weights, 
 growth over the step, which on a CPU is the sum of the allocator's records and on a GPU max_memory_allocated.
 
     python -m benchmarks.step_cost
+    python -m benchmarks.step_cost --tasks scd --backbones equiformer_v2 --layers 12
     python -m benchmarks.step_cost --device cuda --amp --channels 128 --lmax 6 --structures 8
 """
 
@@ -22,7 +23,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +33,16 @@ from torch import Tensor, nn
 from benchmarks.common import BACKBONES, DENOISING, PLAIN, hydra, make_trainer, training, use_threads
 
 DENS = {"std": 0.1, "corrupt_ratio": 0.5, "coefficient": 10.0}
+TASKS = ("dens", "scd")
+_CHECKPOINTED = "SCD, auxiliary, activation_checkpoint"
 # Most that the design allows, against the plain step: by row, then by number of EquiformerV2 blocks.
-REACH = {"DeNS, mean at p = 0.5": {12: 1.05, 4: 1.10}, "DeNS, ordinary step": {12: 1.01, 4: 1.01}}
+REACH = {
+    "DeNS, mean at p = 0.5": {12: 1.05, 4: 1.10},
+    "DeNS, ordinary step": {12: 1.01, 4: 1.01},
+    "SCD, auxiliary": {12: 2.10},
+    "SCD, pre-training": {12: 2.00},
+}
+REACH_MEMORY = {_CHECKPOINTED: {12: 1.00}}
 
 
 @dataclass
@@ -67,7 +76,8 @@ def main(arguments: list[str] | None = None) -> list[str]:
             for layers in options.layers:
                 variants, batch, about = _build(backbone, layers, folder, options)
                 measure(variants, batch, options.rounds, options.warmup, options.clock, options.seed)
-                note_memory(variants, batch, settle=not options.quick)
+                if options.memory:
+                    note_memory(variants, batch, settle=not options.quick)
                 rows = _rows(backbone, layers, about, variants)
                 print(*rows, sep="\n", flush=True)
                 lines += rows
@@ -106,13 +116,24 @@ def _build(backbone: str, layers: int, folder: str, options: argparse.Namespace)
         )
 
     plain = trainer(PLAIN)
+    variants = [Variant("plain", plain), Variant("plain, again", plain)]
+    if "dens" in options.tasks:
+        variants += _dens(backbone, model, optim, trainer)
+    if "scd" in options.tasks:
+        variants += _scd(backbone, model, trainer)
+    batch = next(iter(plain.train_loader))
+    with torch.no_grad():
+        graph = plain.model.backbone.generate_graph(batch.clone().to(plain.device))
+    about = f"{int(batch.natoms.sum())} atoms, {graph.edge_index.shape[1]} edges"
+    return variants, batch, about
+
+
+def _dens(
+    backbone: str, model: dict[str, Any], optim: dict[str, Any], trainer: Callable[..., Any]
+) -> Iterator[Variant]:
     denoising = trainer(DENOISING, denoising={"dens": {"prob": 0.5, **DENS}})
-    variants = [
-        Variant("plain", plain),
-        Variant("plain, again", plain),
-        Variant("DeNS, ordinary step", denoising, select=_next_step(denoising, drawn=False)),
-        Variant("DeNS, denoising step", denoising, select=_next_step(denoising, drawn=True)),
-    ]
+    yield Variant("DeNS, ordinary step", denoising, select=_next_step(denoising, drawn=False))
+    yield Variant("DeNS, denoising step", denoising, select=_next_step(denoising, drawn=True))
     if backbone == "equiformer_v2":
         own_model = {
             **model,
@@ -131,15 +152,21 @@ def _build(backbone: str, layers: int, folder: str, options: argparse.Namespace)
             "denoising_pos_coefficient": DENS["coefficient"],
         }
         own = trainer("equiformerv2_dens", own_model, own_optim)
-        variants += [
-            Variant("host's own DeNS, ordinary step", own),
-            Variant("host's own DeNS, denoising step", own, prepare=_host_corruption),
-        ]
-    batch = next(iter(plain.train_loader))
-    with torch.no_grad():
-        graph = plain.model.backbone.generate_graph(batch.clone().to(plain.device))
-    about = f"{int(batch.natoms.sum())} atoms, {graph.edge_index.shape[1]} edges"
-    return variants, batch, about
+        yield Variant("host's own DeNS, ordinary step", own)
+        yield Variant("host's own DeNS, denoising step", own, prepare=_host_corruption)
+
+
+def _scd(backbone: str, model: dict[str, Any], trainer: Callable[..., Any]) -> Iterator[Variant]:
+    def variant(name: str, model: dict[str, Any] = model, supervised: bool = True, **settings: Any) -> Variant:
+        made = trainer(DENOISING, model, denoising={"scd": {"prob": 1.0, **settings}}, supervised=supervised)
+        return Variant(name, made, select=_next_step(made, drawn=True))
+
+    yield variant("SCD, auxiliary")
+    yield variant("SCD, pre-training", supervised=False)
+    yield variant("SCD, pre-training, stop_gradient_condition", supervised=False, stop_gradient_condition=True)
+    if backbone == "equiformer_v2":
+        checkpointed = {**model, "backbone": {**model["backbone"], "activation_checkpoint": True}}
+        yield variant(_CHECKPOINTED, checkpointed)
 
 
 def _next_step(trainer: Any, drawn: bool) -> Callable[[], None]:
@@ -269,7 +296,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 _HEAD = (
     "",
-    "| backbone | blocks | batch | step | ms | time ratio | 95% interval | memory, MB | memory ratio | time wanted |",
+    "| backbone | blocks | batch | step | ms | time ratio | 95% interval | memory, MB | memory ratio | wanted |",
     "|---|---|---|---|---|---|---|---|---|---|",
 )
 
@@ -290,15 +317,20 @@ def _rows(backbone: str, layers: int, about: str, variants: list[Variant]) -> li
         ratios = [mine / base for mine, base in zip(seconds, plain.seconds, strict=True)]
         ratio = statistics.median(ratios)
         low, high = median_interval(ratios)
-        limit = REACH.get(name, {}).get(layers) if backbone == "equiformer_v2" else None
-        reach = ""
-        if limit is not None:
+        held = memory[name] / plain.memory
+        known = not math.isnan(held)
+        reach = []
+        if backbone == "equiformer_v2" and layers in REACH.get(name, {}):
+            limit = REACH[name][layers]
             doubt = ", but the interval spans it" if low <= limit <= high else ""
-            reach = f"≤ {limit:.2f}: {'yes' if ratio <= limit else 'no'}{doubt}"
+            reach.append(f"time ≤ {limit:.2f}: {'yes' if ratio <= limit else 'no'}{doubt}")
+        if known and backbone == "equiformer_v2" and layers in REACH_MEMORY.get(name, {}):
+            limit = REACH_MEMORY[name][layers]
+            reach.append(f"memory ≤ {limit:.2f}: {'yes' if held <= limit else 'no'}")
         interval = "" if name == "plain" else f"{low:.3f} – {high:.3f}"
         rows.append(
             f"| {backbone} | {layers} | {about} | {name} | {1000 * statistics.median(seconds):.1f} | {ratio:.3f} | "
-            f"{interval} | {memory[name] / 1e6:.1f} | {memory[name] / plain.memory:.3f} | {reach} |"
+            f"{interval} | {f'{memory[name] / 1e6:.1f} | {held:.3f}' if known else ' | '} | {'; '.join(reach)} |"
         )
     return rows
 
@@ -338,6 +370,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES), help="default: both")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="beside the plain step; default: both")
     add("--layers", nargs="+", type=int, default=[4, 12], metavar="N", help="blocks of the backbone (default: 4 12)")
     add("--channels", type=int, default=32, help="channels (default: %(default)s)")
     add("--lmax", type=int, default=3, help="highest degree (default: %(default)s)")
@@ -351,6 +384,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=("wall", "cpu"),
         default="wall",
         help="wall time, or CPU time of all threads: steadier on a busy machine, useless on a GPU (default: wall)",
+    )
+    add(
+        "--no-memory",
+        dest="memory",
+        action="store_false",
+        help="leave out memory, which on a CPU takes longer to measure than 20 rounds",
     )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--amp", action="store_true", help="the host's mixed precision (cuda only)")

@@ -154,7 +154,9 @@ class ScdSettings(_NoiseSettings):
     clamp: Length = Field(1000.0, description="bound on the elements of the embedding as the blocks see it")
     gate_bound: Ratio = Field(1.0, description="a block's update is scaled within 1 ± this")
     embed_tags: Tags | None = Field(
-        None, description="embed the atoms with these tags alone, as a graph of their own; `null`: all"
+        None,
+        description="embed the atoms with these tags alone, as a graph of their own, if there are two at least; "
+        "`null`: all",
     )
     denoise_tags: Tags | None = Field(
         None, description="denoise the atoms with these tags alone, as a graph of their own; `null`: all"

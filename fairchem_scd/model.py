@@ -205,9 +205,9 @@ def _view(data: Any, run: Pass) -> Any:
     part = run.part
     view = Batch(batch=part.batch, natoms=part.natoms.to(data.natoms), pos=run.pos[part.atoms])
     view.atomic_numbers = data.atomic_numbers[part.atoms]
-    for key in ("cell", "pbc"):
-        if key in data:
-            view[key] = data[key][part.structures]
+    view.cell = data.cell[part.structures]
+    if "pbc" in data:
+        view.pbc = data.pbc.view(-1, 3)[part.structures]
     return view
 
 

@@ -70,24 +70,28 @@ class Scd(Task):
 
     def passes(self, structures: Structures, corruption: Corruption, *, seed: int, step: int) -> tuple[Pass, ...]:
         s = self.settings
-        embedded, denoised = _part(structures, s.embed_tags), _part(structures, s.denoise_tags)
         passes, told = [], None
         if "self" in s.condition:
             clean = self._clean_view(structures, seed, step)
+            chosen = self._embedded(structures)
             shared = self.supervised and s.embed_tags is None
             if self.supervised and not shared:
                 passes.append(Pass(structures.pos))
             stop = s.stop_gradient_condition
-            passes.append(Pass(clean, part=embedded, outputs=shared, embed=True, stop_gradient=stop))
-            told = self._told(structures, seed, step)
+            passes.append(Pass(clean, part=_part(structures, chosen), outputs=shared, embed=True, stop_gradient=stop))
+            told = self._told(structures, chosen, seed, step)
         elif self.supervised:
             passes.append(Pass(structures.pos))
         encoding = None
         if "forces" in s.condition:
             forces = require(structures.forces, "forces", self.name)
             encoding = (forces, corruption.mask, corruption.sigma[corruption.batch])
+        part = None
+        if s.denoise_tags is not None:
+            target = _tagged(structures, s.denoise_tags) & corruption.corrupted[corruption.batch]
+            part = _part(structures, target)
         noisy = structures.pos + corruption.noise
-        passes.append(Pass(noisy, part=denoised, encoding=encoding, told=told, outputs=False, noise=True))
+        passes.append(Pass(noisy, part=part, encoding=encoding, told=told, outputs=False, noise=True))
         return tuple(passes)
 
     def objective(self, progress: float) -> Objective:
@@ -109,10 +113,19 @@ class Scd(Task):
             return structures.pos
         return structures.pos + self._noise(structures, s.embed_tags, (std,), None, seed, step, "clean view of ").noise
 
-    def _told(self, structures: Structures, seed: int, step: int) -> Tensor:
-        """[B] bool: structures that have an embedding and are told it."""
+    def _embedded(self, structures: Structures) -> Tensor:
+        """[N] bool: the atoms to embed. A part of one atom would be a graph without edges, which hosts cannot run."""
+        chosen = _tagged(structures, self.settings.embed_tags)
+        if self.settings.embed_tags is None:
+            return chosen
+        batch = structures.batch
+        counts = torch.zeros_like(structures.natoms).index_add_(0, batch, chosen.to(structures.natoms))
+        return chosen & (counts > 1)[batch]
+
+    def _told(self, structures: Structures, chosen: Tensor, seed: int, step: int) -> Tensor:
+        """[B] bool: structures that have an embedding, of the chosen [N] atoms, and are told it."""
         told = torch.zeros(len(structures.natoms), dtype=torch.bool)
-        told[structures.batch[_tagged(structures, self.settings.embed_tags)]] = True
+        told[structures.batch[chosen]] = True
         if step != VALIDATION:
             drops = [stream(seed, step, f"condition of {name}").random() for name in structures.ids]
             told &= torch.tensor(drops) >= self.settings.condition_drop
@@ -147,10 +160,9 @@ def _tagged(structures: Structures, tags: Collection[int] | None) -> Tensor:
     return torch.isin(require(structures.tags, "tags", Scd.name), torch.tensor(sorted(tags)))
 
 
-def _part(structures: Structures, tags: Collection[int] | None) -> Part | None:
-    """The atoms with one of the tags as a batch of their own; None: all atoms.
+def _part(structures: Structures, chosen: Tensor) -> Part | None:
+    """The chosen [N] atoms as a batch of their own; None: all atoms.
 
-    All atoms too where no atom of the batch has one: a pass over them costs little, and keeps every rank in step.
+    All atoms too where none is chosen: such a pass has no effect, but every rank makes one.
     """
-    chosen = _tagged(structures, tags)
     return None if chosen.all() or not chosen.any() else Part.of(structures.natoms, chosen)
