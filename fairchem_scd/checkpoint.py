@@ -79,12 +79,10 @@ def adapt(
         ConfigError: the host's own weights do not match.
     """
     if _is_pretrained(checkpoint) != getattr(model, "self_supervised", False):
-        first, then = (
-            ("pre-training", "a config with outputs") if _is_pretrained(checkpoint) else ("training", "one without")
-        )
+        words = ("without", "with") if _is_pretrained(checkpoint) else ("with", "without")
         raise ConfigError(
-            f"--checkpoint: it is of {first}, and this is {then}; start from its backbone instead: name it under "
-            "model.finetune_config.starting_checkpoint, and leave model.backbone out"
+            f"--checkpoint: it is of a run {words[0]} outputs, and this is one {words[1]} them; start from its "
+            "backbone instead: name it under model.finetune_config.starting_checkpoint, and leave model.backbone out"
         )
     adapted = dict(checkpoint)
     weights, fresh = source_weights(checkpoint), model.state_dict()

@@ -16,11 +16,16 @@ from tests.support import collate, fixed_edge_frames, make_trainer, slabs, tiny_
 # Two ordinary structures, one of molecular dynamics (never corrupted), and a larger one.
 MD = [0, 1, 0, 0]
 SPLITS = {"even": [[0, 1], [2, 3]], "uneven": [[0, 2, 3], [1]]}
+TAGS = {"embed_tags": [0, 1], "denoise_tags": [2]}
 CASES = {
     "dens": ("equiformer_v2", {"dens": {"prob": 1.0}}),
     "dens escn": ("escn", {"dens": {"prob": 1.0, "all_atoms": True}}),
     "noisy nodes": ("equiformer_v2", {"noisy_nodes": {"prob": 1.0, "coefficient": 5}}),
     "ordinary": ("equiformer_v2", {"dens": {"prob": 0.0}}),
+    "scd": ("equiformer_v2", {"scd": {"condition": ["self", "forces"]}}),
+    "scd adsorbates": ("equiformer_v2", {"scd": TAGS}),
+    "pre-training": ("equiformer_v2", {"scd": {"noise_scale": "running"}}),
+    "pre-training escn": ("escn", {"scd": {"stop_gradient_condition": True}}),
 }
 
 
@@ -29,7 +34,12 @@ def one_step(folder: Path, name: str, block: dict[str, Any], chosen: list[int], 
     torch.set_num_threads(1)
     EquiformerV2Backbone._init_edge_rot_mat = fixed_edge_frames
     eSCN._init_edge_rot_mat = fixed_edge_frames
-    trainer = make_trainer(tiny_config(folder, name, block), folder / identifier, identifier=identifier)
+    config = tiny_config(folder, name, block)
+    if "pre-training" in identifier:
+        config.update(outputs={}, loss_functions=[], evaluation_metrics={})
+        config["model"].pop("heads")
+    trainer = make_trainer(config, folder / identifier, identifier=identifier)
+    stir(trainer._unwrapped_model)
     rows = slabs(4, seed=3)
     for row, md in zip(rows, MD, strict=True):
         row.md = torch.tensor([md])
@@ -45,7 +55,18 @@ def one_step(folder: Path, name: str, block: dict[str, Any], chosen: list[int], 
         "loss": loss.detach(),
         "gradients": {n: p.grad for n, p in trainer._unwrapped_model.named_parameters() if p.grad is not None},
         "noise": dict(zip(chosen, step.corruption.noise.split(batch.natoms.tolist()), strict=True)) if step else {},
+        "scale": float(step.objective.scale) if step else None,
+        "frozen": [n for n, p in trainer._unwrapped_model.named_parameters() if not p.requires_grad],
     }
+
+
+def stir(model: Any) -> None:
+    """Move what a condition goes through away from its start, where it does nothing."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "modulation" in name:
+                p += 0.3 * torch.randn(p.shape, generator=generator)
 
 
 def rank_main(rank: int, folder: Path) -> None:
@@ -74,11 +95,15 @@ def test_two_ranks_do_as_one(case, split, ranks, tmp_path, monkeypatch):
     """Also where one rank holds more atoms, and where nothing is corrupted on one of them."""
     monkeypatch.setattr(EquiformerV2Backbone, "_init_edge_rot_mat", fixed_edge_frames)
     monkeypatch.setattr(eSCN, "_init_edge_rot_mat", fixed_edge_frames)
-    alone = one_step(tmp_path, *CASES[case], [0, 1, 2, 3], "alone")
+    alone = one_step(tmp_path, *CASES[case], [0, 1, 2, 3], f"{case}-alone")
     results = [rank[case, split] for rank in ranks]
     for result in results:
         for structure, noise in result["noise"].items():
             assert torch.equal(noise, alone["noise"][structure])
+        # The running scale too, to the last bit on all ranks.
+        assert result["scale"] == results[0]["scale"]
+        assert result["scale"] == alone["scale"] or abs(result["scale"] / alone["scale"] - 1) < 1e-6
+        assert result["frozen"] == alone["frozen"]
     # Each rank's loss is its own share times the number of ranks; DDP averages.
     torch.testing.assert_close((results[0]["loss"] + results[1]["loss"]) / 2, alone["loss"], rtol=1e-5, atol=1e-5)
     for key, gradient in alone["gradients"].items():
