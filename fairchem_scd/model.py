@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -163,6 +163,24 @@ class DenoisingHydra(HydraModel):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: see `undecayed`."""
         return undecayed(self, legacy=self.legacy_weight_decay, self_supervised=self.self_supervised)
+
+
+@contextmanager
+def handed(model: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
+    """Hand a plan to the one call of the model made inside, and collect all that it returns.
+
+    The host's `_forward` calls the model with the batch alone, and keeps only the outputs it knows.
+    """
+    returned: dict[str, Any] = {}
+    hooks = (
+        model.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "plan": plan}), with_kwargs=True),
+        model.register_forward_hook(lambda module, args, out: returned.update(out)),
+    )
+    try:
+        yield returned
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def undecayed(model: HydraModel, *, legacy: bool, self_supervised: bool) -> set[str]:

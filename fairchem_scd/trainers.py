@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,17 +20,18 @@ from fairchem.core.modules.evaluator import Evaluator, mae
 from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
 from fairchem.core.modules.loss import DDPLoss
 from fairchem.core.trainers import OCPTrainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fairchem_scd import checkpoint as checkpoints
 from fairchem_scd import checks, pretraining
-from fairchem_scd.backbones import modernise
+from fairchem_scd.backbones import adapter_for, modernise
 from fairchem_scd.compat import denoising_block
 from fairchem_scd.config import ConfigError
 from fairchem_scd.data.cell_repeats import RepeatedCells, check_outputs
 from fairchem_scd.data.numbered import Numbered
 from fairchem_scd.losses import Noted, Parts, Ranks
+from fairchem_scd.model import handed
 from fairchem_scd.step import Step
 from fairchem_scd.tasks import NOISE, VALIDATION, Plan, Task, TaskDraw, build_tasks, structures_of
 
@@ -70,6 +69,7 @@ class DenoisingMixin:
         self._step: Step | None = None
         self._parts = Parts()
         self._validating = False
+        self._inference_only = config.get("inference_only", False)
         self._left_out = 0
         super().__init__(**config)
 
@@ -86,7 +86,9 @@ class DenoisingMixin:
             task.check(self.output_targets, trained)
         if self.denoising.repeat_cells is not None:
             check_outputs(self.output_targets)
-        for split, key in (("train", "dataset"), ("val", "val_dataset"), ("test", "test_dataset")):
+        # A model loaded to predict has no use for the data it was trained on.
+        splits = () if self._inference_only else ("train", "val", "test")
+        for split, key in zip(splits, ("dataset", "val_dataset", "test_dataset"), strict=False):
             checks.check_source(f"dataset.{split}", self.config[key], self.config["dataset"])
 
     def load_model(self) -> None:
@@ -97,7 +99,7 @@ class DenoisingMixin:
         if start and self.tasks:
             checkpoints.carry_over(model, start)
         if self.denoising.drop_path is not None:
-            model.adapter.set_drop_path(self.denoising.drop_path.start)
+            adapter_for(model.backbone).set_drop_path(self.denoising.drop_path.start)
         if self.self_supervised:
             model.self_supervised = True
             pretraining.freeze(model)
@@ -182,13 +184,14 @@ class DenoisingMixin:
         if self.model.training:
             checks.check_batch(batch, self.output_targets, self._max_num_elements)
             if self.denoising.drop_path is not None:
-                self._unwrapped_model.adapter.set_drop_path(self.denoising.drop_path.rate(self.step))
+                adapter_for(self._unwrapped_model.backbone).set_drop_path(self.denoising.drop_path.rate(self.step))
             self._step = self._begin(batch, self._draw_task(self.step), self._draw_task.seed, self.step)
         elif self._validating and self.self_supervised:
-            self._step = self._begin(batch, next(iter(self.tasks.values())), 0, VALIDATION)
+            judge = next(task for task in self.tasks.values() if task.settings.prob)
+            self._step = self._begin(batch, judge, 0, VALIDATION)
         if self._step is None:
             return super()._forward(batch)
-        with _handed(self.model, self._step.plan) as returned:
+        with handed(self.model, self._step.plan) as returned:
             out = super()._forward(batch)
         self._step.noise = returned[NOISE].float()
         return out
@@ -260,24 +263,6 @@ class DenoisingMixin:
     @property
     def _max_num_elements(self) -> int | None:
         return getattr(self._unwrapped_model.backbone, "max_num_elements", None)
-
-
-@contextmanager
-def _handed(model: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
-    """Hand a plan to the one call of the model made inside, and collect all that it returns.
-
-    The host's `_forward` calls the model with the batch alone, and keeps only the outputs it knows.
-    """
-    returned: dict[str, Any] = {}
-    hooks = (
-        model.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "plan": plan}), with_kwargs=True),
-        model.register_forward_hook(lambda module, args, out: returned.update(out)),
-    )
-    try:
-        yield returned
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _with_defaults(evaluation: dict[str, Any] | None, outputs: dict[str, Any]) -> dict[str, Any]:

@@ -370,6 +370,9 @@ def test_ours_fine_tunes_with_what_pre_training_added_and_a_falling_drop_path(da
     expected = {1: 0.4, 2: 0.3, 3: 0.2, 4: 0.1, 5: 0.1, 6: 0.1}
     assert {step for step, _ in rates} == set(expected)
     assert all(rate == pytest.approx(expected[step]) for step, rate in rates)
+    alone = make_trainer(finetuning(data, pretrained, {"drop_path": {"start": 0.2}}), tmp_path, identifier="alone")
+    step_of(alone, batch_of(alone))
+    assert alone.model.backbone.blocks[1].drop_path.drop_prob == 0.2, "without any task too"
     with pytest.raises(ConfigError, match=r"task\.denoising\.drop_path: escn_backbone has no drop path"):
         make_trainer(tiny_config(data, "escn", {"scd": {}, "drop_path": {}}), tmp_path, identifier="escn")
 

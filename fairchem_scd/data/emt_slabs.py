@@ -70,6 +70,9 @@ def write_emt_slabs(folder: Path, num_structures: int, num_systems: int, seed: i
     for key, least in (("num_structures", 1), ("num_systems", 1), ("seed", 0)):
         if isinstance(settings[key], bool) or not isinstance(settings[key], int) or settings[key] < least:
             raise ConfigError(f"dataset.{key}: expected a whole number of at least {least} (got {settings[key]!r})")
+    if folder.exists():  # whole, and perhaps where nothing can be written
+        _check_same(folder, settings)
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The lock dies with its holder, and the folder takes its name only when whole.
     with FileLock(folder.parent / f".{folder.name}.lock"):
