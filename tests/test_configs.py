@@ -354,16 +354,17 @@ def small(config, train, val):
     """The config with one block's worth of a model, on eight structures of sample data, for two steps that denoise."""
     config = copy.deepcopy(config)
     model = config["model"]
-    backbone = model.get("backbone", model)
-    sizes = BACKBONES["escn" if "escn" in (backbone.get("model") or backbone["name"]) else "equiformer_v2"]
-    backbone.update({key: sizes[key] for key in sizes if key.endswith("channels") or key in ("num_heads", "lmax_list")})
-    backbone.update(num_layers=2, mmax_list=[2])
+    if "finetune_config" not in model:  # whose model comes with the checkpoint
+        backbone = model.get("backbone", model)
+        sizes = BACKBONES["escn" if "escn" in (backbone.get("model") or backbone["name"]) else "equiformer_v2"]
+        keys = [key for key in sizes if key.endswith("channels") or key in ("num_heads", "lmax_list")]
+        backbone.update({key: sizes[key] for key in keys}, num_layers=2, mmax_list=[2])
     dataset = config["dataset"]
     dataset["train"].update(train)
     dataset["val"].update(val)
     dataset["val"].pop("sample_n", None)
     config["optim"].update(batch_size=4, eval_batch_size=4, num_workers=0, max_epochs=1, eval_every=2)
-    if "denoising" in config["task"]:
+    if list(config["task"].get("denoising", {})) == ["dens"]:
         config["task"]["denoising"]["dens"]["prob"] = 1.0
     return config
 
