@@ -389,7 +389,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--no-memory",
         dest="memory",
         action="store_false",
-        help="leave out memory, which on a CPU takes longer to measure than 20 rounds",
+        help="leave out memory, which on a CPU takes minutes to measure",
     )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--amp", action="store_true", help="the host's mixed precision (cuda only)")
