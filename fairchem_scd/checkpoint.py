@@ -49,6 +49,8 @@ def read(path: str | Path) -> dict[str, Any]:
 def is_of(checkpoint: Mapping[str, Any], model: nn.Module) -> bool:
     """Whether a checkpoint has exactly the weights of a model, and was trained by the same rule of weight decay."""
     legacy = bool(_model_config(checkpoint).get("legacy_weight_decay"))
+    if _is_pretrained(checkpoint) != getattr(model, "self_supervised", False):
+        return False
     theirs = {_bare(key): value.shape for key, value in checkpoint["state_dict"].items()}
     ours = {key: value.shape for key, value in model.state_dict().items()}
     return theirs == ours and legacy == getattr(model, "legacy_weight_decay", False)
@@ -87,6 +89,7 @@ def adapt(
     adapted = dict(checkpoint)
     weights, fresh = source_weights(checkpoint), model.state_dict()
     _check_weights(weights, fresh)
+    _check_null_condition("--checkpoint", weights, fresh)
     adapted["state_dict"] = {key: weights.get(key, value) for key, value in fresh.items()}
     added = sorted({".".join(key.split(".")[:2]) for key in fresh if key not in weights})
     logging.info("a checkpoint of another kind: its weights are kept; fresh: %s", ", ".join(added) or "nothing")
@@ -113,7 +116,7 @@ def to_plain(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             "a checkpoint of pre-training has no heads and predicts nothing; name it under "
             "model.finetune_config.starting_checkpoint and fine-tune"
         )
-    if any(_bare(key).endswith("mask_token") for key in checkpoint["state_dict"]):
+    if _has_mask_token(checkpoint["state_dict"]):
         raise ConfigError(
             "trained with task.denoising.scd.null_condition: mask_token, which stands for the condition in every pass: "
             "the plain model computes something else"
@@ -240,8 +243,12 @@ def carry_over(model: nn.Module, path: str | Path) -> None:
     """Load what a starting checkpoint's run added into a model that fine-tunes from it; the host carries the rest.
 
     A noise head goes to every task that has none of its own there. A running scale starts fresh: the noise is another.
+
+    Raises:
+        ConfigError: the backbone has been trained under a mask token that the model does not have, or the reverse.
     """
     weights = {k: v for k, v in source_weights(read(path)).items() if k.startswith(ADDED)}
+    _check_null_condition("model.finetune_config.starting_checkpoint", weights, model.state_dict())
     heads = {key.split(".", 3)[-1]: value for key, value in weights.items() if ".noise_head." in key}
     state = {key: value for key, value in model.state_dict().items() if key.startswith(ADDED)}
     carried = []
@@ -300,6 +307,25 @@ def _whole(model: Mapping[str, Any]) -> dict[str, Any]:
     start = _whole(_model_config(read(tuning["starting_checkpoint"])))
     start["backbone"] = {**start["backbone"], **tuning.get("override", {})}
     return {**model, **{key: start[key] for key in ("backbone", "heads") if model.get(key) is None}}
+
+
+def _has_mask_token(keys: Iterable[str]) -> bool:
+    return any(key.endswith("condition_head.mask_token") for key in keys)
+
+
+def _check_null_condition(key: str, weights: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> None:
+    """The two forms of modulation read the same weights in different ways, and one of them is never off."""
+    source, target = _has_mask_token(weights), _has_mask_token(fresh)
+    if source and not target:
+        raise ConfigError(
+            f"{key}: its backbone was trained under a mask token in every pass; keep it with "
+            "task.denoising.scd.null_condition: mask_token (prob: 0 if SCD itself is to stop)"
+        )
+    if target and not source and any(".modulation." in name for name in weights):
+        raise ConfigError(
+            f"{key}: trained with task.denoising.scd.null_condition: identity, and this config says mask_token; the "
+            "two forms read their weights in different ways, so make them agree"
+        )
 
 
 def _is_pretrained(checkpoint: Mapping[str, Any]) -> bool:

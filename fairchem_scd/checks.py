@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,34 +100,22 @@ def check_sample(
                 f"{_name(row)} does not say which atoms are fixed ('fixed'); "
                 f"ASE databases need dataset.{split}.a2g_args.r_fixed: true (the host's default)"
             )
-        check_batch(row, outputs, max_num_elements)
+        check_batch(row, labels_used(tasks, outputs), max_num_elements)
     for task in tasks.values():
-        _check_movable(split, task, rows)
+        task.check_sample([structures_of(row) for row in rows], f"sampled from dataset.{split}")
 
 
-def _check_movable(split: str, task: Task, rows: Sequence[Any]) -> None:
-    structures = [structures_of(row) for row in rows]
-    if any(bool(task.movable(s).any()) for s in structures):
-        return
-    tags = getattr(task.settings, "denoise_tags", None)
-    if tags and not any(bool(torch.isin(s.tags, torch.tensor(sorted(tags))).any()) for s in structures):
-        present = sorted({int(tag) for s in structures for tag in s.tags})
-        raise ConfigError(
-            f"task.denoising.{task.name}.denoise_tags: no atom of the {len(rows)} structures sampled from "
-            f"dataset.{split} has one of the tags {sorted(tags)}; their tags: {present}"
-        )
-    raise ConfigError(
-        f"task.denoising.{task.name}: every atom of the {len(rows)} structures sampled from dataset.{split} is fixed, "
-        "so none may move; set all_atoms: true to move fixed atoms too"
-    )
+def labels_used(tasks: Mapping[str, Task], outputs: Collection[str]) -> set[str]:
+    """Names of the labels that are trained on or told; what else the data holds is not looked at."""
+    return set(outputs).union(*(task.labels for task in tasks.values()))
 
 
-def check_batch(batch: Any, outputs: Collection[str], max_num_elements: int | None) -> None:
+def check_batch(batch: Any, labels: Collection[str], max_num_elements: int | None) -> None:
     """Check a batch or row on the CPU.
 
     Args:
         batch: collated, or one row.
-        outputs: names of the labels that are trained on.
+        labels: names of those that are used.
         max_num_elements: size of the model's table of elements, if it has one.
 
     Raises:
@@ -140,7 +128,7 @@ def check_batch(batch: Any, outputs: Collection[str], max_num_elements: int | No
             f"{_name(batch, atom)}: element {int(elements[atom])} is beyond the model's table; "
             f"raise model.backbone.max_num_elements (now {max_num_elements})"
         )
-    for key in ("pos", "cell", "forces", *outputs):
+    for key in ("pos", "cell", *sorted(labels)):
         values = getattr(batch, key, None)
         values = torch.as_tensor(values) if values is not None else None
         if values is None or bool(values.isfinite().all()):

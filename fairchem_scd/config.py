@@ -120,6 +120,18 @@ class DensSettings(_NoiseSettings):
         return self
 
 
+_OF_THE_EMBEDDING = (
+    "std_reg",
+    "condition_drop",
+    "null_condition",
+    "stop_gradient_condition",
+    "pool",
+    "clamp",
+    "gate_bound",
+    "embed_tags",
+)
+
+
 class ScdSettings(_NoiseSettings):
     """SCD (Perez, Gómez-Bombarelli 2026, arXiv 2603.17196). Defaults: the paper's, and ours where it has none."""
 
@@ -164,16 +176,21 @@ class ScdSettings(_NoiseSettings):
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
-        if self.embed_tags is not None and "self" not in self.condition:
-            raise ValueError("embed_tags says what to embed, but condition does not name 'self'")
-        if self.null_condition == "mask_token":
-            if "self" not in self.condition:
-                raise ValueError("null_condition: mask_token stands for an embedding; condition does not name 'self'")
-            if self.gate_bound != 1.0:
-                raise ValueError("gate_bound belongs to null_condition: identity; the authors' gate has none")
+        if "self" not in self.condition:
+            idle = [key for key in _OF_THE_EMBEDDING if key in self.model_fields_set and getattr(self, key) is not None]
+            if idle:
+                raise ValueError(f"{', '.join(idle)}: of the embedding, but condition does not name 'self'")
+        if self.null_condition == "mask_token" and self.gate_bound != 1.0:
+            raise ValueError("gate_bound belongs to null_condition: identity; the authors' gate has none")
         if self.noise_scale == "std" and self.schedule is not None:
             raise ValueError("noise_scale: std needs one σ; with a schedule it is 'running'")
         return self
+
+    @property
+    def parts(self) -> dict[str, frozenset[int]]:
+        """The tags of each part that is not the whole structure, by setting."""
+        parts = {"embed_tags": self.embed_tags, "denoise_tags": self.denoise_tags}
+        return {key: tags for key, tags in parts.items() if tags is not None}
 
 
 class NoisyNodesSettings(Settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,7 +17,7 @@ from torch_geometric.data import Batch
 from fairchem_scd.backbones import Adapter, adapter_for
 from fairchem_scd.conditions import ConditionHead, Given, Modulation
 from fairchem_scd.config import ConfigError
-from fairchem_scd.tasks import NOISE, Part, Pass, Plan, build_tasks
+from fairchem_scd.tasks import NOISE, Part, Pass, Plan, build_tasks, structures_of
 
 
 @registry.register_model("denoising_hydra")
@@ -42,11 +43,17 @@ class DenoisingHydra(HydraModel):
         self.legacy_weight_decay = legacy_weight_decay
         self.self_supervised = False  # set by the trainer, before the optimiser is built
         tasks, _ = build_tasks(denoising)
+        self._tasks = tasks
         self.adapter: Adapter | None = adapter_for(self.backbone) if tasks else None
         if self.adapter is not None:
             # Also of a backbone that came with a checkpoint to fine-tune from.
             keys = ("regress_forces", "otf_graph", "lmax_list")
             self.adapter.check({key: getattr(self.backbone, key) for key in keys if hasattr(self.backbone, key)})
+        if any(getattr(task.settings, "null_condition", None) == "mask_token" for task in tasks.values()):
+            logging.warning(
+                "null_condition: mask_token: the token stands in every pass, so plain models and trainers of the host "
+                "that start from this one leave something out"
+            )
         # In a fork of the random state, so that everything after is as random as it was without us.
         with torch.random.fork_rng(devices=[]):
             self.denoising = nn.ModuleDict({name: task.modules(self.adapter) for name, task in tasks.items()})
@@ -79,15 +86,16 @@ class DenoisingHydra(HydraModel):
         return self._tied(out, unused)
 
     def embed(self, data: Any) -> Tensor:
-        """[B, C] the embedding c that SCD makes of each structure of a batch.
+        """[B, C] the embedding c that SCD makes of each structure of a batch; zero where it has no part to embed.
 
         Raises:
-            ConfigError: the model has no condition head.
+            ConfigError: the model has no condition head, or the data no tags where a part is embedded.
         """
-        task = next((modules for modules in self.denoising.values() if "condition_head" in modules), None)
-        if task is None:
+        name = next((name for name, modules in self.denoising.items() if "condition_head" in modules), None)
+        if name is None:
             raise ConfigError("the model has no condition head: it was not trained with task.denoising.scd")
-        return self._run(data, Pass(data.pos, outputs=False, embed=True), task, None)[1]
+        run = self._tasks[name].embedding(structures_of(data)).to(data.pos.device)
+        return self._run(data, run, self.denoising[name], None)[1]
 
     def _run(
         self, data: Any, run: Pass, modules: nn.ModuleDict, embedding: Tensor | None
@@ -98,10 +106,7 @@ class DenoisingHydra(HydraModel):
         heads += [modules["noise_head"]] if run.noise else []
         given = self._given(view, _of_part(run.told, run.part), _of_part(embedding, run.part), modules)
         out: dict[str, Any] = {}
-        # A pass that is all embedding need not remember what no gradient goes through.
-        grad = torch.is_grad_enabled() and not (run.stop_gradient and not heads)
         with (
-            torch.set_grad_enabled(grad),
             self.adapter.in_pass(given, heads),
             self._encoded(run, modules),
             _returned_by(self.backbone) as embeddings,
@@ -119,7 +124,7 @@ class DenoisingHydra(HydraModel):
         if not run.embed:
             return out, None
         scalars = self.adapter.scalars(embeddings[-1])
-        if run.stop_gradient:
+        if run.detach_embedding:
             scalars = scalars.detach()
         made = modules["condition_head"](scalars, view.batch, len(view.natoms))
         return out, _whole(made, run.part and run.part.structures, len(data.natoms))

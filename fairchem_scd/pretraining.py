@@ -41,14 +41,23 @@ def prepare(config: dict[str, Any]) -> None:
         config["dataset"] = {split: block for split, block in data.items() if split != "test"}
 
 
-def check_absent(config: Mapping[str, Any]) -> None:
-    """Raise ConfigError where outputs and loss functions are absent, from which the host would infer an old format."""
-    old = config.get("loss_functions") or config.get("outputs") or "dataset" in (config.get("task") or {})
-    if not old:
-        raise ConfigError(
-            "outputs, loss_functions: absent. To train without labels say so: `outputs: {}` and `loss_functions: []`; "
-            "beside labels, name both as in configs/quickstart.yml"
-        )
+def check_supervised(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where one of outputs and loss functions is there without the other.
+
+    Neither is an old format, which the host knows by its `task.dataset`.
+    """
+    outputs, losses = bool(config.get("outputs")), bool(config.get("loss_functions"))
+    if outputs == losses and (outputs or "dataset" in (config.get("task") or {})):
+        return
+    what = {
+        (True, False): "outputs is there, and loss_functions empty or absent",
+        (False, True): "loss_functions is there, and outputs empty or absent",
+        (False, False): "outputs, loss_functions: absent",
+    }[outputs, losses]
+    raise ConfigError(
+        f"{what}. To train without labels say `outputs: {{}}` and `loss_functions: []`; beside labels, name both as in "
+        "configs/quickstart.yml"
+    )
 
 
 def check_tasks(tasks: Mapping[str, Task]) -> None:

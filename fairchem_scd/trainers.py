@@ -54,7 +54,7 @@ class DenoisingMixin:
         if self.self_supervised:
             pretraining.check_tasks(self.tasks)
         elif self.tasks:
-            pretraining.check_absent(config)
+            pretraining.check_supervised(config)
         if self.tasks:
             model["denoising"] = block
         else:
@@ -85,7 +85,7 @@ class DenoisingMixin:
         for task in self.tasks.values():
             task.check(self.output_targets, trained)
         if self.denoising.repeat_cells is not None:
-            check_outputs(self.output_targets)
+            self._per_atom = check_outputs(self.output_targets)
         # A model loaded to predict has no use for the data it was trained on.
         splits = () if self._inference_only else ("train", "val", "test")
         for split, key in zip(splits, ("dataset", "val_dataset", "test_dataset"), strict=False):
@@ -95,8 +95,17 @@ class DenoisingMixin:
         super().load_model()
         self._draw_task = TaskDraw(self.tasks, self.config["cmd"]["seed"] or 0)
         model = self._unwrapped_model
+        if self.output_targets and not model.output_heads:
+            raise ConfigError(
+                "model.heads: none, but outputs names some; fine-tuning from pre-training needs new heads"
+            )
         start = (self.config["model"].get("finetune_config") or {}).get("starting_checkpoint")
-        if start and self.tasks:
+        if start and self.config["model"].get("backbone") is not None:
+            logging.warning(
+                "model.finetune_config: model.backbone is given too, so the backbone starts from scratch; leave it "
+                "out, or say `backbone: null` where it is included"
+            )
+        elif start and self.tasks:
             checkpoints.carry_over(model, start)
         if self.denoising.drop_path is not None:
             adapter_for(model.backbone).set_drop_path(self.denoising.drop_path.start)
@@ -111,9 +120,9 @@ class DenoisingMixin:
         """Load the host's datasets and check a sample of the data."""
         super().load_datasets()
         for split in ("train", "val") if self.self_supervised else ("train",):
-            dataset = getattr(self, f"{split}_dataset")
-            if dataset is not None:
-                checks.check_sample(split, self.tasks, dataset, self.output_targets, self._max_num_elements)
+            loader = getattr(self, f"{split}_loader")
+            if loader is not None:  # whose dataset is as batches will be: named, and with cells repeated
+                checks.check_sample(split, self.tasks, loader.dataset, self.output_targets, self._max_num_elements)
 
     def load_loss(self) -> None:
         super().load_loss()
@@ -124,7 +133,7 @@ class DenoisingMixin:
         if len(dataset) and "sid" not in dataset[0]:
             dataset = Numbered(dataset)
         if self.denoising.repeat_cells is not None and sampler is getattr(self, "train_sampler", None):
-            dataset = RepeatedCells(dataset, self.denoising.repeat_cells, self._draw_task.seed, sampler)
+            dataset = RepeatedCells(dataset, self.denoising.repeat_cells, self._draw_task.seed, sampler, self._per_atom)
         return super().get_dataloader(dataset, sampler, workers)
 
     def load_extras(self) -> None:
@@ -182,11 +191,12 @@ class DenoisingMixin:
         self._step, self._parts = None, Parts()
         # Prediction never corrupts; validation does where there is nothing else to judge by.
         if self.model.training:
-            checks.check_batch(batch, self.output_targets, self._max_num_elements)
+            self._check(batch)
             if self.denoising.drop_path is not None:
                 adapter_for(self._unwrapped_model.backbone).set_drop_path(self.denoising.drop_path.rate(self.step))
             self._step = self._begin(batch, self._draw_task(self.step), self._draw_task.seed, self.step)
         elif self._validating and self.self_supervised:
+            self._check(batch)
             judge = next(task for task in self.tasks.values() if task.settings.prob)
             self._step = self._begin(batch, judge, 0, VALIDATION)
         if self._step is None:
@@ -259,6 +269,9 @@ class DenoisingMixin:
             for name, value in zip(self._parts, torch.stack(list(self._parts.values())).tolist(), strict=True):
                 metrics = evaluator.update(name, value, metrics)
         return metrics
+
+    def _check(self, batch: Any) -> None:
+        checks.check_batch(batch, checks.labels_used(self.tasks, self.output_targets), self._max_num_elements)
 
     @property
     def _max_num_elements(self) -> int | None:

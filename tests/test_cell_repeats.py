@@ -75,6 +75,17 @@ def test_relaxed_positions_and_energies_go_along_and_edges_do_not():
     assert torch.equal(original.pos, before.pos)
 
 
+def test_rows_have_the_same_keys_whatever_their_size():
+    two, four = (row_of(alloy(n), magmoms=torch.ones(n), edge=torch.zeros(n)) for n in (2, 4))
+    assert not {"magmoms", "edge"} & set(repeat(two, (1, 1, 1)).keys()) | {"magmoms"} & set(
+        repeat(four, (1, 1, 1)).keys()
+    )
+    for row in (two, four):
+        found = repeat(row, (2, 1, 1), {"magmoms"})
+        assert "edge" not in found
+        assert len(found.magmoms) == len(found.pos) == 2 * len(row.pos)
+
+
 def test_the_model_sees_the_same_crystal():
     """Forces are copied, the energy grows: by the plain backbone, on a cell and on its repeat."""
     plain, _ = plain_and_denoising("equiformer_v2", {"scd": {}})

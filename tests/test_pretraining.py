@@ -169,7 +169,7 @@ def test_labels_that_are_there_are_ignored(data, tmp_path):
     config["dataset"]["val"] = {}
     trainer = make_trainer(config, tmp_path)
     batch = batch_of(trainer)
-    batch.energy[:], batch.forces[:] = 1e6, 1e6
+    batch.energy[:], batch.forces[:] = 1e6, float("nan")
     _, loss = step_of(trainer, batch)
     assert float(loss) < 10
 
@@ -387,6 +387,50 @@ def test_a_checkpoint_of_pre_training_is_no_checkpoint_of_training_and_says_what
         other.load_checkpoint(checkpoint_of(trainer))
     with pytest.raises(ConfigError, match=r"no heads and predicts nothing.*finetune_config"):
         to_plain(read(pretrained))
+    config = pretraining(data)
+    config["model"]["heads"] = copy.deepcopy(HEADS["equiformer_v2"])  # the same weights as with outputs
+    kept = make_trainer(config, tmp_path, identifier="kept")
+    kept.save()
+    with pytest.raises(ConfigError, match=r"--checkpoint: it is of a run without outputs.*finetune_config"):
+        trainer.load_checkpoint(checkpoint_of(kept))
+
+
+def test_a_mask_token_goes_along_or_is_an_error(data, tmp_path):
+    block = {"scd": {"null_condition": "mask_token"}}
+    masked = make_trainer(pretraining(data, denoising=block), tmp_path)
+    masked.train(disable_eval_tqdm=True)
+    start = checkpoint_of(masked)
+    for other in ({"noisy_nodes": {}}, {"scd": {}}):
+        with pytest.raises(ConfigError, match=r"starting_checkpoint: its backbone was trained under a mask token"):
+            make_trainer(finetuning(data, start, other), tmp_path, identifier="other")
+    kept = finetuning(data, start, {"noisy_nodes": {}, "scd": {"null_condition": "mask_token", "prob": 0}})
+    trainer = make_trainer(kept, tmp_path, identifier="kept")
+    state, source = trainer.model.state_dict(), read(start)["state_dict"]
+    added = [key for key in source if key.startswith("denoising.scd.")]
+    assert all(torch.equal(state[key], source[key]) for key in added)
+    identity = make_trainer(pretraining(data), tmp_path, identifier="identity")
+    for trainer, path in ((identity, start), (masked, None)):
+        if path is None:
+            identity.save()
+            path = checkpoint_of(identity)
+        with pytest.raises(ConfigError, match="mask_token"):
+            trainer.load_checkpoint(path)
+
+
+def test_fine_tuning_with_a_backbone_of_its_own_is_warned_of_and_without_heads_refused(
+    data, pretrained, tmp_path, caplog
+):
+    config = finetuning(data, pretrained, {"scd": {}})
+    config["model"]["backbone"] = tiny_config(data)["model"]["backbone"]
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(config, tmp_path)
+    assert "the backbone starts from scratch" in caplog.text
+    head = "denoising.scd.noise_head.force_block.alpha_dot"
+    assert not torch.equal(trainer.model.state_dict()[head], read(pretrained)["state_dict"][head])
+    config = finetuning(data, pretrained, {"scd": {}})
+    config["model"].pop("heads")
+    with pytest.raises(ConfigError, match=r"model\.heads: none, but outputs names some"):
+        make_trainer(config, tmp_path)
 
 
 def test_a_checkpoint_of_training_beside_scd_is_the_plain_hosts_after_removal(data, tmp_path):
@@ -418,6 +462,21 @@ def test_absent_outputs_are_not_taken_for_none(data, tmp_path):
     config.update(loss_functions={})
     with pytest.raises(ConfigError, match=r"outputs, loss_functions: absent.*outputs: \{\}.*loss_functions: \[\]"):
         make_trainer(config, tmp_path)
+    for key, there, gone in (("outputs", "loss_functions", {}), ("loss_functions", "outputs", [])):
+        config = tiny_config(data, denoising={"scd": {}})
+        config[key] = gone
+        with pytest.raises(ConfigError, match=rf"{there} is there, and {key} empty or absent"):
+            make_trainer(config, tmp_path)
+
+
+def test_structures_of_one_atom_are_refused_unless_their_cells_are_repeated(tmp_path):
+    config = pretraining(tmp_path)
+    config["dataset"] = {"train": plain_database(tmp_path / "data.db", [Atoms("Cu", cell=[2.5] * 3, pbc=True)] * 4)}
+    with pytest.raises(ConfigError, match=r"have one atom each.*repeat_cells"):
+        make_trainer(config, tmp_path)
+    config["task"]["denoising"]["repeat_cells"] = {}
+    trainer = make_trainer(config, tmp_path)
+    assert batch_of(trainer).natoms.min() >= 4
 
 
 def test_every_step_of_pre_training_must_denoise(data, tmp_path):
@@ -438,8 +497,9 @@ def test_every_step_of_pre_training_must_denoise(data, tmp_path):
             {"denoise_tags": [7]},
             {},
             ConfigError,
-            r"denoise_tags: no atom .* one of the tags \[7\]; their tags: \[0, 1, 2\]",
+            r"denoise_tags: none of .* an atom .* \[7\]; their tags: \[0, 1, 2\]",
         ),
+        ({"embed_tags": [7]}, {}, ConfigError, r"embed_tags: none of .* an atom .* \[7\]; their tags: \[0, 1, 2\]"),
         ({}, {"fixed": 1}, ConfigError, r"every atom of the 4 structures .* is fixed"),
         ({}, {"pos": float("nan")}, DataError, r"structure sid/fid 2: pos of an atom is not finite"),
         ({}, {"cell": float("inf")}, DataError, r"structure sid/fid 2: cell is not finite"),

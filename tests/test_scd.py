@@ -270,15 +270,16 @@ def test_everything_that_trains_has_a_gradient_in_every_step_and_not_zero_where_
             assert p.grad.any(), key
 
 
-def test_a_pass_under_stop_gradient_remembers_nothing(rows):
-    _, model = models("equiformer_v2", stop_gradient_condition=True)
-    batch = collate(rows[:1])
-    grads = []
-    handle = model.backbone.register_forward_hook(lambda *_: grads.append(torch.is_grad_enabled()))
-    run(model, batch, plan_of(batch, supervised=False, stop_gradient_condition=True)[0])
-    run(model, batch, plan_of(batch, supervised=True, stop_gradient_condition=True)[0])
-    handle.remove()
-    assert grads == [False, True, True, True]
+def test_an_embedding_of_a_part_does_not_see_the_rest(rows):
+    _, model = models("equiformer_v2", embed_tags=[2])
+    model.eval()
+    batch = collate([row for row in rows if int((row.tags == 2).sum()) == 2][:2])
+    moved = copy.deepcopy(batch)
+    moved.pos = batch.pos + 0.2 * (batch.tags != 2)[:, None] * torch.randn(len(batch.pos), 3)
+    with torch.no_grad():
+        torch.testing.assert_close(model.embed(moved), model.embed(batch), rtol=1e-4, atol=1e-5)
+        moved.pos = batch.pos + 0.2 * (batch.tags == 2)[:, None] * torch.randn(len(batch.pos), 3)
+        assert not torch.allclose(model.embed(moved), model.embed(batch), rtol=1e-3)
 
 
 # --- symmetry --------------------------------------------------------------------------------------------------------
@@ -554,8 +555,8 @@ def test_running_scale_is_the_root_mean_square_of_all_noise_so_far():
     [
         ({"condition": ["selff"]}, "task.denoising.scd.condition"),
         ({"embed_tags": []}, "task.denoising.scd.embed_tags"),
-        ({"condition": ["forces"], "embed_tags": [2]}, "condition does not name 'self'"),
-        ({"condition": [], "null_condition": "mask_token"}, "condition does not name 'self'"),
+        ({"condition": ["forces"], "embed_tags": [2]}, "embed_tags: of the embedding.* does not name 'self'"),
+        ({"condition": [], "std_reg": 0.1, "pool": "mean"}, "std_reg, pool: of the embedding.* does not name 'self'"),
         ({"null_condition": "mask_token", "gate_bound": 0.5}, "gate_bound belongs to null_condition: identity"),
         ({"noise_scale": "std", "num_steps": 3, "std_low": 0.01, "std_high": 0.1}, "needs one σ"),
         ({"std": 0.1, "num_steps": 3, "std_low": 0.01, "std_high": 0.1}, "exclude each other"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from fairchem_scd.tasks import identities
 _POSITIONS = ("pos", "pos_relaxed")
 _PER_ATOM = ("atomic_numbers", "tags", "fixed", "forces", "force")
 _EXTENSIVE = ("energy", "y", "y_init", "y_relaxed")
-_UNCHANGED = ("stress", "pbc", "sid", "fid", "md", "skip_dens")
+_UNCHANGED = ("stress", "stress_isotropic", "stress_anisotropic", "pbc", "sid", "fid", "md", "skip_dens")
 
 
-def check_outputs(outputs: Mapping[str, Any]) -> None:
-    """Raise ConfigError for an output of which it is not known how it grows with the cell."""
+def check_outputs(outputs: Mapping[str, Any]) -> frozenset[str]:
+    """The labels of atoms among a config's outputs. Raises ConfigError for one of which it is not known if it grows."""
     known = {*_PER_ATOM, *_EXTENSIVE, *_UNCHANGED}
     for name, output in outputs.items():
         if name not in known and output.get("level") != "atom":
@@ -28,28 +28,24 @@ def check_outputs(outputs: Mapping[str, Any]) -> None:
                 f"task.denoising.repeat_cells: it is not known how the output '{name}' changes when a cell is repeated "
                 "(energy grows with the atoms, stress stays); leave repeat_cells or the output out"
             )
+    return frozenset(name for name, output in outputs.items() if output.get("level") == "atom")
 
 
-def repeat(row: Any, repeats: Sequence[int]) -> Any:
+def repeat(row: Any, repeats: Sequence[int], per_atom: Collection[str] = ()) -> Any:
     """A structure in a cell repeated along its axes, labels and marks carried along.
 
     Args:
         row: of a host dataset. Energies grow with the number of copies, forces and tags are copied, stress stays.
         repeats: how often along each of the three cell vectors.
+        per_atom: further keys with a row for each atom, which are copied.
 
     Returns:
         A new row, copy after copy, with what is known of these keys alone: edges belong to the old cell.
     """
-    out, natoms = copy.copy(row), len(row.pos)
-    per_atom = [
-        key
-        for key in row.keys()  # noqa: SIM118 (a PyG Data)
-        if key in _PER_ATOM
-        or (isinstance(row[key], torch.Tensor) and row[key].dim() > 0 and len(row[key]) == natoms > 3)
-    ]
-    known = {*_POSITIONS, *_EXTENSIVE, *_UNCHANGED, "cell", "natoms"}
+    out, per_atom = copy.copy(row), {*_PER_ATOM, *per_atom}
+    known = {*_POSITIONS, *per_atom, *_EXTENSIVE, *_UNCHANGED, "cell", "natoms"}
     for key in list(row.keys()):
-        if key not in known and key not in per_atom:
+        if key not in known:
             del out[key]
     shifts = torch.cartesian_prod(*(torch.arange(n) for n in repeats)).to(row.cell)
     copies, cell = len(shifts), row.cell.view(3, 3)
@@ -94,10 +90,14 @@ class RepeatedCells(Dataset):
         settings: how to draw them.
         seed: of the run.
         sampler: the host's batch sampler, which knows the epoch.
+        per_atom: labels of atoms, beside forces.
     """
 
-    def __init__(self, dataset: Any, settings: CellRepeatSettings, seed: int, sampler: Any) -> None:
+    def __init__(
+        self, dataset: Any, settings: CellRepeatSettings, seed: int, sampler: Any, per_atom: Collection[str] = ()
+    ) -> None:
         self.dataset, self.settings, self.seed, self.sampler = dataset, settings, seed, sampler
+        self.per_atom = per_atom
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -109,4 +109,4 @@ class RepeatedCells(Dataset):
         pbc = getattr(row, "pbc", None)
         periodic = [True] * 3 if pbc is None else [bool(p) for p in pbc.view(-1)]
         # Through `repeat` in any case: all rows of a batch must have the same keys.
-        return repeat(row, draw_repeats(len(row.pos), periodic, self.settings, rng))
+        return repeat(row, draw_repeats(len(row.pos), periodic, self.settings, rng), self.per_atom)

@@ -132,7 +132,7 @@ class Pass:
         outputs: run the user's own heads.
         embed: embed the structures, with the task's `condition_head`.
         noise: run the noise head.
-        stop_gradient: no gradient through the embedding into this pass.
+        detach_embedding: no gradient through the embedding into this pass.
     """
 
     pos: Tensor
@@ -142,7 +142,11 @@ class Pass:
     outputs: bool = True
     embed: bool = False
     noise: bool = False
-    stop_gradient: bool = False
+    detach_embedding: bool = False
+
+    def to(self, device: torch.device) -> Pass:
+        """The same pass on another device."""
+        return _moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -243,6 +247,24 @@ class Task(ABC):
     def movable(self, structures: Structures) -> Tensor:
         """[N] bool: the atoms that may move."""
         return torch.ones_like(structures.fixed) if self.settings.all_atoms else ~structures.fixed
+
+    def check_sample(self, sample: Sequence[Structures], origin: str) -> None:
+        """Check structures of the data, which are named in errors by their `origin`.
+
+        Raises:
+            ConfigError: none of them has anything to denoise.
+        """
+        movable = [s for s in sample if bool(self.movable(s).any())]
+        if not movable:
+            raise ConfigError(
+                f"task.denoising.{self.name}: every atom of the {len(sample)} structures {origin} is fixed, so none "
+                "may move; set all_atoms: true to move fixed atoms too"
+            )
+        if all(len(s.pos) == 1 for s in movable):
+            raise ConfigError(
+                f"task.denoising.{self.name}: the {len(sample)} structures {origin} have one atom each, whose noise "
+                "nobody can know; task.denoising.repeat_cells makes more of small cells"
+            )
 
     @abstractmethod
     def modules(self, backbone: Backbone) -> nn.ModuleDict:

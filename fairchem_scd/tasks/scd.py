@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +44,23 @@ class Scd(Task):
                 "the structure as it is; leave std_reg out"
             )
 
-    def movable(self, structures: Structures) -> Tensor:
-        movable = super().movable(structures)
-        if self.settings.denoise_tags is None:
-            return movable
-        return movable & _tagged(structures, self.settings.denoise_tags)
+    def check_sample(self, sample: Sequence[Structures], origin: str) -> None:
+        super().check_sample(sample, origin)
+        s = self.settings
+        present = sorted({int(tag) for structures in sample for tag in structures.tags}) if s.parts else []
+        for key, tags in s.parts.items():
+            counts = [int(_tagged(structures, tags).sum()) for structures in sample]
+            if max(counts) < 2:
+                what = "more than one atom" if max(counts) else "an atom"
+                raise ConfigError(
+                    f"task.denoising.scd.{key}: none of the {len(sample)} structures {origin} has {what} with the "
+                    f"tags {sorted(tags)}; their tags: {present}"
+                )
+        if not any(self.corrupt(structures, seed=0, step=VALIDATION).mask.any() for structures in sample):
+            raise ConfigError(
+                f"task.denoising.scd: of the {len(sample)} structures {origin} none has anything to denoise: free "
+                f"atoms{f' with the tags {sorted(s.denoise_tags)}' if s.denoise_tags else ''}, two or more of them"
+            )
 
     def modules(self, backbone: Backbone) -> nn.ModuleDict:
         s = self.settings
@@ -66,20 +79,18 @@ class Scd(Task):
 
     def corrupt(self, structures: Structures, *, seed: int, step: int) -> Corruption:
         s = self.settings
-        return self._noise(structures, s.denoise_tags, s.sigmas, s.corrupt_ratio, seed, step, "")
+        return self._noise(structures, s.denoise_tags, s.sigmas, seed, step, ratio=s.corrupt_ratio)
 
     def passes(self, structures: Structures, corruption: Corruption, *, seed: int, step: int) -> tuple[Pass, ...]:
         s = self.settings
         passes, told = [], None
         if "self" in s.condition:
             clean = self._clean_view(structures, seed, step)
-            chosen = self._embedded(structures)
             shared = self.supervised and s.embed_tags is None
             if self.supervised and not shared:
                 passes.append(Pass(structures.pos))
-            stop = s.stop_gradient_condition
-            passes.append(Pass(clean, part=_part(structures, chosen), outputs=shared, embed=True, stop_gradient=stop))
-            told = self._told(structures, chosen, seed, step)
+            passes.append(replace(self.embedding(structures), pos=clean, outputs=shared))
+            told = self._told(structures, seed, step)
         elif self.supervised:
             passes.append(Pass(structures.pos))
         encoding = None
@@ -93,6 +104,17 @@ class Scd(Task):
         noisy = structures.pos + corruption.noise
         passes.append(Pass(noisy, part=part, encoding=encoding, told=told, outputs=False, noise=True))
         return tuple(passes)
+
+    def embedding(self, structures: Structures) -> Pass:
+        """The pass that embeds structures as they are."""
+        part = _part(structures, self._embedded(structures))
+        return Pass(
+            structures.pos,
+            part=part,
+            outputs=False,
+            embed=True,
+            detach_embedding=self.settings.stop_gradient_condition,
+        )
 
     def objective(self, progress: float) -> Objective:
         s = self.settings
@@ -111,7 +133,8 @@ class Scd(Task):
         std = s.std_reg if s.std_reg is not None else 0.0 if self.supervised else _STD_REG
         if std == 0:
             return structures.pos
-        return structures.pos + self._noise(structures, s.embed_tags, (std,), None, seed, step, "clean view of ").noise
+        view = self._noise(structures, s.embed_tags, (std,), seed, step, purpose="clean view of ")
+        return structures.pos + view.noise
 
     def _embedded(self, structures: Structures) -> Tensor:
         """[N] bool: the atoms to embed. A part of one atom would be a graph without edges, which hosts cannot run."""
@@ -122,10 +145,10 @@ class Scd(Task):
         counts = torch.zeros_like(structures.natoms).index_add_(0, batch, chosen.to(structures.natoms))
         return chosen & (counts > 1)[batch]
 
-    def _told(self, structures: Structures, chosen: Tensor, seed: int, step: int) -> Tensor:
-        """[B] bool: structures that have an embedding, of the chosen [N] atoms, and are told it."""
+    def _told(self, structures: Structures, seed: int, step: int) -> Tensor:
+        """[B] bool: structures that have an embedding and are told it."""
         told = torch.zeros(len(structures.natoms), dtype=torch.bool)
-        told[structures.batch[chosen]] = True
+        told[structures.batch[self._embedded(structures)]] = True
         if step != VALIDATION:
             drops = [stream(seed, step, f"condition of {name}").random() for name in structures.ids]
             told &= torch.tensor(drops) >= self.settings.condition_drop
@@ -136,15 +159,15 @@ class Scd(Task):
         structures: Structures,
         tags: Collection[int] | None,
         sigmas: tuple[float, ...],
-        ratio: float | None,
         seed: int,
         step: int,
-        purpose: str,
+        *,
+        ratio: float | None = None,
+        purpose: str = "",
     ) -> Corruption:
         """Noise on a part as if it were all there is: its mean is removed where the whole part moved."""
         chosen = _tagged(structures, tags)
-        movable = torch.ones_like(structures.fixed) if self.settings.all_atoms else ~structures.fixed
-        batch = structures.batch
+        movable, batch = self.movable(structures), structures.batch
         counts = torch.zeros_like(structures.natoms).index_add_(0, batch, chosen.to(structures.natoms))
         ids = [purpose + name for name in structures.ids]
         drawn = corrupt(counts, ids, movable[chosen], seed=seed, step=step, sigmas=sigmas, ratio=ratio)
