@@ -92,8 +92,7 @@ def check_sample(
                     raise ConfigError(
                         f"task.denoising.{task.name} needs the label '{label}', which {_name(row)} does not have; its "
                         f"keys: {', '.join(sorted(row.keys()))}. LMDBs name labels by dataset.{split}.key_mapping "
-                        f"(force: forces), ASE databases read them with dataset.{split}.a2g_args "
-                        "(r_forces: true, r_data_keys)"
+                        f"(force: forces), ASE databases read them with dataset.{split}.a2g_args.r_forces: true"
                     )
         if tasks and getattr(row, "fixed", None) is None:
             raise ConfigError(

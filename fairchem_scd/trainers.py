@@ -255,9 +255,10 @@ class DenoisingMixin:
         if step is not None:
             denormalised = {name: self._denorm_preds(name, value.detach(), batch) for name, value in out.items()}
             for name, prediction, target in step.judged(denormalised, batch):
-                # On every rank the same names; the host would divide by a count of zero.
-                metrics.setdefault(name, {"metric": 0.0, "total": 0, "numel": 0})
-                if len(prediction):
+                if not self.model.training:
+                    # Validation needs the same names on every rank.
+                    metrics.setdefault(name, {"metric": 0.0, "total": 0, "numel": 0})
+                if len(prediction):  # the host divides by the count
                     metrics = evaluator.update(name, mae({name: prediction}, {name: target}, name), metrics)
         if step is not None and step.objective.loss is not None:
             idle = int((~step.corruption.corrupted).sum())
