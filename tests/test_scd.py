@@ -212,10 +212,17 @@ def test_gradients_reach_the_clean_pass_through_the_embedding_and_are_cut_where_
 
 
 @pytest.mark.parametrize("supervised", [True, False])
-@pytest.mark.parametrize("dropout", [{}, {"alpha_drop": 0.2, "drop_path_rate": 0.2}])
-def test_activation_checkpointing_gives_the_same_gradients(supervised, dropout, rows):
-    """Of two passes under one set of weights, whose rotations and conditions differ."""
-    settings = {"condition": ["self", "forces"]}
+@pytest.mark.parametrize(
+    ("dropout", "settings"),
+    [
+        ({}, {"condition": ["self", "forces"]}),
+        ({"alpha_drop": 0.2, "drop_path_rate": 0.2}, {}),
+        ({}, {"null_condition": "mask_token"}),
+        ({}, {"embed_tags": [0, 1], "denoise_tags": [2]}),
+    ],
+)
+def test_activation_checkpointing_gives_the_same_gradients(supervised, dropout, settings, rows):
+    """Of passes under one set of weights, whose rotations and conditions differ."""
     _, model = models("equiformer_v2", dropout, **settings)
     _, saving = models("equiformer_v2", {**dropout, "activation_checkpoint": True}, **settings)
     saving.load_state_dict(stirred(model).state_dict())
