@@ -11,7 +11,7 @@ import torch
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import setup_imports
 
-import fairchem_scd  # noqa: F401  (registers everything with the host)
+import fairchem_scd.plugin  # noqa: F401  (registers everything with the host)
 
 BACKBONES = ("equiformer_v2", "escn")
 PLAIN = "equiformerv2_forces"

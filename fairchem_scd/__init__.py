@@ -1,22 +1,38 @@
 """fairchem-scd: denoising (DeNS, SCD) as an auxiliary task in force-field training with fairchem 1.x.
 
-Importing the package registers its trainers, model and datasets with the host. A config loads it by its trainer's
-dotted name, `fairchem_scd.DenoisingTrainer` or `fairchem_scd.EquiformerV2DenoisingTrainer`.
+The first use of a public name registers the package's trainers, model and datasets with the host. A config does that by
+its trainer's dotted name, `fairchem_scd.DenoisingTrainer` or `fairchem_scd.EquiformerV2DenoisingTrainer`.
 """
 
-# A host trainer first: the host's models and trainers import each other in a circle that starts only there.
-import fairchem.core.trainers  # noqa: F401
+from __future__ import annotations
 
-from fairchem_scd.config import ConfigError
-from fairchem_scd.model import DenoisingHydra
-from fairchem_scd.tasks import Task, register_task
-from fairchem_scd.trainers import DenoisingTrainer, EquiformerV2DenoisingTrainer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fairchem_scd.plugin import (
+        ConfigError,
+        DataError,
+        DenoisingHydra,
+        DenoisingTrainer,
+        EquiformerV2DenoisingTrainer,
+        Task,
+        register_task,
+    )
 
 __all__ = [
     "ConfigError",
+    "DataError",
     "DenoisingHydra",
     "DenoisingTrainer",
     "EquiformerV2DenoisingTrainer",
     "Task",
     "register_task",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The host takes many seconds to import, and `fairchem-scd --help` does without it.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("fairchem_scd.plugin"), name)

@@ -10,16 +10,12 @@ from typing import Any
 
 import torch
 
-from fairchem_scd.config import ConfigError
+from fairchem_scd.config import ConfigError, DataError
 from fairchem_scd.tasks import Task, identities, structures_of
 
 _SAMPLE = 32
 _LMDB = ("lmdb", "single_point_lmdb", "trajectory_lmdb", "oc22_lmdb", "oc20_md_lmdb", "dens_lmdb")
 _ASE = ("ase_db", "ase_lmdb", "ase_read", "ase_read_multi")
-
-
-class DataError(ValueError):
-    """A row of the data that cannot be trained on; the message names it by sid and fid."""
 
 
 def check_source(key: str, dataset: Mapping[str, Any], train: Mapping[str, Any]) -> None:

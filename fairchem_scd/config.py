@@ -18,6 +18,10 @@ class ConfigError(ValueError):
     """A config that cannot be trained as written. The message names the key, what was wrong and what would be right."""
 
 
+class DataError(ValueError):
+    """A row of the data that cannot be trained on. The message names it by sid and fid."""
+
+
 def _reject_bool(value: Any) -> Any:
     # bool is an int to Python, and `std: yes` a bool to YAML.
     if isinstance(value, bool):

@@ -13,7 +13,7 @@ from fairchem.core.common.utils import setup_imports
 from fairchem.core.datasets import data_list_collater
 from fairchem.core.models.base import HydraModel
 
-import fairchem_scd  # noqa: F401  (registers everything with the host)
+import fairchem_scd.plugin  # noqa: F401  (registers everything with the host)
 from fairchem_scd.data.emt_slabs import emt_slabs
 from fairchem_scd.model import DenoisingHydra
 

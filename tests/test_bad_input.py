@@ -9,8 +9,7 @@ import lmdb
 import pytest
 import torch
 
-from fairchem_scd.checks import DataError
-from fairchem_scd.config import ConfigError
+from fairchem_scd.config import ConfigError, DataError
 from fairchem_scd.data.emt_slabs import write_emt_slabs
 from tests.support import make_trainer, tiny_config
 

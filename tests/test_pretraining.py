@@ -16,8 +16,7 @@ from ase.constraints import FixAtoms
 from ase.db import connect
 
 from fairchem_scd.checkpoint import read, to_plain
-from fairchem_scd.checks import DataError
-from fairchem_scd.config import ConfigError
+from fairchem_scd.config import ConfigError, DataError
 from fairchem_scd.tasks import NOISE, VALIDATION, Plan, structures_of
 from tests.support import HEADS, collate, make_trainer, slabs, tiny_config
 
