@@ -3,9 +3,10 @@
 from fairchem_scd.backbones.base import Adapter, adapter_for, known_backbones, register_adapter
 from fairchem_scd.backbones.equiformer_v2 import EquiformerV2Adapter
 from fairchem_scd.backbones.escn import ESCNAdapter
-from fairchem_scd.backbones.one_piece import modernise, twin_key
+from fairchem_scd.backbones.one_piece import HYDRA, modernise, twin_key
 
 __all__ = [
+    "HYDRA",
     "Adapter",
     "ESCNAdapter",
     "EquiformerV2Adapter",

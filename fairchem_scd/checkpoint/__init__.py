@@ -2,7 +2,20 @@
 
 from fairchem_scd.checkpoint.adapt import adapt, carry_over, is_of
 from fairchem_scd.checkpoint.files import read, what_next
-from fairchem_scd.checkpoint.plain import to_plain
+from fairchem_scd.checkpoint.plain import export, to_plain
 from fairchem_scd.checkpoint.source import ADDED, source_weights
+from fairchem_scd.checkpoint.weights import build, inference_weights
 
-__all__ = ["ADDED", "adapt", "carry_over", "is_of", "read", "source_weights", "to_plain", "what_next"]
+__all__ = [
+    "ADDED",
+    "adapt",
+    "build",
+    "carry_over",
+    "export",
+    "inference_weights",
+    "is_of",
+    "read",
+    "source_weights",
+    "to_plain",
+    "what_next",
+]
