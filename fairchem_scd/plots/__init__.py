@@ -1,0 +1,1 @@
+"""Pictures: one file a picture, all in one print style (`style`). Each draws a Figure and leaves writing it to `save`."""
