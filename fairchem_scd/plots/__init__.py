@@ -1,1 +1,1 @@
-"""Pictures: one file a picture, all in one print style (`style`). Each draws a Figure and leaves writing it to `save`."""
+"""Pictures, one file a picture, all in one print style. Each module draws a figure; `style.save` writes it."""
