@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from fairchem.core.common.registry import registry
-from fairchem.core.common.utils import update_config
+from fairchem.core.common.utils import setup_imports, update_config
 from fairchem.core.models.base import HydraModel
 from fairchem.core.models.esen import esen_dens
 from torch import Tensor, nn
@@ -129,12 +129,10 @@ def _state(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     # What theirs has and this model does without: all that is added, or an encoding that is off.
     idle = f"{_ENCODING}." if isinstance(model, DenoisingHydra) else ADDED
     unknown = [k for k in weights if k not in fresh and not k.startswith(idle) and k.rpartition(".")[2] in learnt]
-    shapes = [key for key, value in weights.items() if key in fresh and value.shape != fresh[key].shape]
     problems = {
         "missing": sorted(required - set(weights)),
         "not in that model": unknown,
-        # One table is cut to fewer orders in theirs, with an option that computes the same.
-        "of another shape": [key for key in shapes if not key.endswith(".expand_index")],
+        "of another shape": [key for key, value in weights.items() if key in fresh and value.shape != fresh[key].shape],
     }
     if any(problems.values()):
         raise ConfigError(
@@ -142,7 +140,7 @@ def _state(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
             + "; ".join(f"{len(keys)} {what}, such as {keys[0]}" for what, keys in problems.items() if keys)
         )
     folded = _folded(weights)
-    return {key: value if key in shapes else folded.get(key, value) for key, value in fresh.items()}
+    return {key: folded.get(key, value) for key, value in fresh.items()}  # a table may be missing, not a weight
 
 
 def _folded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -209,6 +207,7 @@ def _element_references(weights: Mapping[str, Tensor], normalizers: Mapping[str,
 
 def _new_config(checkpoint: Mapping[str, Any], plain: bool) -> tuple[dict[str, Any], bool]:
     """The config in the host's present form, and whether the model added references to its energy."""
+    setup_imports()  # all of the host's models and heads, by name
     config = copy.deepcopy(dict(checkpoint["config"]))
     if isinstance(config.get("model"), str):  # before fairchem 1.0
         config["model"] = {"name": config["model"], **config.pop("model_attributes", {})}
