@@ -174,7 +174,7 @@ def _next_step(trainer: Any, drawn: bool) -> Callable[[], None]:
 
     def move() -> None:
         trainer.step += 1
-        while (trainer._draw_task(trainer.step) is not None) != drawn:
+        while (trainer.draw_task(trainer.step) is not None) != drawn:
             trainer.step += 1
 
     return move

@@ -79,8 +79,7 @@ def check_sample(
     """
     if not len(dataset):
         raise ConfigError(f"dataset.{split}: no structures")
-    last, parts = len(dataset) - 1, max(min(len(dataset), _SAMPLE) - 1, 1)
-    rows = [dataset[i] for i in sorted({k * last // parts for k in range(parts + 1)})]
+    rows = sample(dataset)
     for row in rows:
         for task in tasks.values():
             for label in sorted(task.labels):
@@ -98,6 +97,12 @@ def check_sample(
         check_batch(row, labels_used(tasks, outputs), max_num_elements)
     for task in tasks.values():
         task.check_sample([structures_of(row) for row in rows], f"sampled from dataset.{split}")
+
+
+def sample(dataset: Any) -> list[Any]:
+    """Rows evenly spaced over a dataset, 32 at most."""
+    last, parts = len(dataset) - 1, max(min(len(dataset), _SAMPLE) - 1, 1)
+    return [dataset[i] for i in sorted({k * last // parts for k in range(parts + 1)})]
 
 
 def labels_used(tasks: Mapping[str, Task], outputs: Collection[str]) -> set[str]:

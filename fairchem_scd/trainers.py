@@ -93,7 +93,7 @@ class DenoisingMixin:
 
     def load_model(self) -> None:
         super().load_model()
-        self._draw_task = TaskDraw(self.tasks, self.config["cmd"]["seed"] or 0)
+        self.draw_task = TaskDraw(self.tasks, self.config["cmd"]["seed"] or 0)
         model = self._unwrapped_model
         if self.output_targets and not model.output_heads:
             raise ConfigError(
@@ -122,7 +122,7 @@ class DenoisingMixin:
         for split in ("train", "val") if self.self_supervised else ("train",):
             loader = getattr(self, f"{split}_loader")
             if loader is not None:  # whose dataset is as batches will be: named, and with cells repeated
-                checks.check_sample(split, self.tasks, loader.dataset, self.output_targets, self._max_num_elements)
+                checks.check_sample(split, self.tasks, loader.dataset, self.output_targets, self.max_num_elements)
 
     def load_loss(self) -> None:
         super().load_loss()
@@ -133,7 +133,7 @@ class DenoisingMixin:
         if len(dataset) and "sid" not in dataset[0]:
             dataset = Numbered(dataset)
         if self.denoising.repeat_cells is not None and sampler is getattr(self, "train_sampler", None):
-            dataset = RepeatedCells(dataset, self.denoising.repeat_cells, self._draw_task.seed, sampler, self._per_atom)
+            dataset = RepeatedCells(dataset, self.denoising.repeat_cells, self.draw_task.seed, sampler, self._per_atom)
         return super().get_dataloader(dataset, sampler, workers)
 
     def load_extras(self) -> None:
@@ -194,7 +194,7 @@ class DenoisingMixin:
             self._check(batch)
             if self.denoising.drop_path is not None:
                 adapter_for(self._unwrapped_model.backbone).set_drop_path(self.denoising.drop_path.rate(self.step))
-            self._step = self._begin(batch, self._draw_task(self.step), self._draw_task.seed, self.step)
+            self._step = self._begin(batch, self.draw_task(self.step), self.draw_task.seed, self.step)
         elif self._validating and self.self_supervised:
             self._check(batch)
             judge = next(task for task in self.tasks.values() if task.settings.prob)
@@ -272,10 +272,10 @@ class DenoisingMixin:
         return metrics
 
     def _check(self, batch: Any) -> None:
-        checks.check_batch(batch, checks.labels_used(self.tasks, self.output_targets), self._max_num_elements)
+        checks.check_batch(batch, checks.labels_used(self.tasks, self.output_targets), self.max_num_elements)
 
     @property
-    def _max_num_elements(self) -> int | None:
+    def max_num_elements(self) -> int | None:
         return getattr(self._unwrapped_model.backbone, "max_num_elements", None)
 
 

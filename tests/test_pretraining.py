@@ -134,7 +134,7 @@ def test_a_structure_with_nothing_to_denoise_is_left_out_and_counted(tmp_path, c
 def test_two_tasks_in_one_config_share_the_steps(data, tmp_path):
     config = tiny_config(data, denoising={"dens": {"prob": 0.5}, "scd": {}}, optim={"max_epochs": 4})
     trainer = make_trainer(config, tmp_path)
-    drawn = [trainer._draw_task(step) for step in range(1, 9)]
+    drawn = [trainer.draw_task(step) for step in range(1, 9)]
     assert {task.name for task in drawn} == {"dens", "scd"}
     trainer.train(disable_eval_tqdm=True)
     assert {"denoising_force_mae", "forces_mae", "denoising_pos_mae"} <= set(trainer.metrics)
