@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 from typing_extensions import Self
@@ -43,10 +43,22 @@ Conditions = Annotated[frozenset[Literal["self", "forces"]], BeforeValidator(_li
 NoiseLoss = Literal["mse", "mae", "l2mae"]
 
 
-class Settings(BaseModel):
-    """Base of every task's settings."""
+class _Block(BaseModel):
+    """Base of every block.
+
+    Class attributes:
+        source: where the defaults come from.
+        sources: of single settings, where it is elsewhere.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: ClassVar[str] = "ours"
+    sources: ClassVar[dict[str, str]] = {}
+
+
+class Settings(_Block):
+    """Base of every task's settings."""
 
     prob: Share | None = Field(None, description="share of the steps; `null`: what the other tasks leave")
     coefficient: Annotated[Real, Field(ge=0)] = Field(description="weight of the denoising term in the loss")
@@ -90,6 +102,16 @@ class _NoiseSettings(Settings):
 
 class DensSettings(_NoiseSettings):
     """DeNS (Liao et al. 2024, arXiv 2403.09549). Defaults: the OC20 2M run of 12 epochs."""
+
+    source = "OC20 2M run"
+    sources = {
+        "exclude_md": "OC20 All+MD run",
+        **dict.fromkeys(
+            ("coefficient_decay", "min_num_atoms", "max_force_norm", "max_stress_norm", "strict_max_ratio"),
+            "off; EquiformerV3 has it",
+        ),
+        "honour_skip_dens": "EquiformerV3",
+    }
 
     prob: Share | None = Field(0.5, description="share of the steps that denoise (p_DeNS)")
     std: Length = Field(0.1, description="standard deviation σ of the noise, Å")
@@ -138,6 +160,24 @@ _OF_THE_EMBEDDING = (
 
 class ScdSettings(_NoiseSettings):
     """SCD (Perez, Gómez-Bombarelli 2026, arXiv 2603.17196). Defaults: the paper's, and ours where it has none."""
+
+    source = "the paper"
+    sources = {
+        "prob": "ours",
+        "coefficient": "1: the paper; 10: ours",
+        "all_atoms": "ours: slabs have fixed atoms",
+        "num_steps": "ours",
+        "std_low": "ours",
+        "std_high": "ours",
+        "std_reg": "0.005: the paper; none: ours",
+        "noise_scale": "ours: a statistic a component, as in the paper, breaks equivariance",
+        "condition": "the paper; forces beside it: ours",
+        "null_condition": "ours: the plain model stays what it is",
+        "stop_gradient_condition": "the paper; true: ours",
+        "gate_bound": "ours",
+        "embed_tags": "the paper, for pockets and ligands",
+        "denoise_tags": "the paper, for pockets and ligands",
+    }
 
     std: Length = Field(0.04, description="standard deviation σ of the noise, Å")
     std_reg: Annotated[Real, Field(ge=0)] | None = Field(
@@ -200,16 +240,24 @@ class ScdSettings(_NoiseSettings):
 class NoisyNodesSettings(Settings):
     """Noisy nodes: unconditioned denoising beside the ordinary loss, on slightly noisy input."""
 
+    source = "ours"
+    sources = {
+        "std": "SCD's paper, crystals",
+        "coefficient": "within the range of SCD's paper",
+        "corrupt_ratio": "SCD's paper",
+        "loss": "SCD's paper",
+    }
+
     std: Length = Field(5e-4, description="standard deviation σ of the noise, Å (crystals; molecules: 0.005)")
     corrupt_ratio: Ratio | None = Field(None, description="probability that an atom moves; `null`: all move")
     coefficient: Annotated[Real, Field(ge=0)] = Field(0.1, description="weight of the denoising term")
     loss: NoiseLoss = Field("mse", description="the host's loss function for the noise")
 
 
-class DropPathSettings(BaseModel):
+class DropPathSettings(_Block):
     """A drop-path rate that falls while fine-tuning begins (SCD, arXiv 2603.17196)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    source = "SCD's paper"
 
     start: Annotated[Real, Field(ge=0, lt=1)] = Field(0.15, description="rate in the first step")
     end: Annotated[Real, Field(ge=0, lt=1)] = Field(0.0, description="rate from `steps` on")
@@ -220,10 +268,11 @@ class DropPathSettings(BaseModel):
         return self.start + (self.end - self.start) * min((step - 1) / self.steps, 1.0)
 
 
-class CellRepeatSettings(BaseModel):
+class CellRepeatSettings(_Block):
     """Random repeats of small periodic cells in the training data (SCD, arXiv 2603.17196)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    source = "SCD's paper"
+    sources = {"max_atoms": "ours: the paper has no bound"}
 
     tries: Annotated[Count, Field(ge=0)] = Field(2, description="how often an axis may be doubled")
     prob: Share = Field(0.5, description="probability that a try doubles a random periodic axis")
@@ -233,10 +282,8 @@ class CellRepeatSettings(BaseModel):
     )
 
 
-class _Denoising(BaseModel):
+class DenoisingBlock(_Block):
     """The block's own keys, beside one key a task."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     restart: bool = Field(
         False, description="count steps from zero when a checkpoint of another kind (plain, say) is given"
@@ -270,14 +317,14 @@ def parse_denoising(block: Any, tasks: dict[str, type[Settings]]) -> Denoising:
     Raises:
         ConfigError: names each offending key with what was wrong.
     """
-    model = create_model("Denoising", __base__=_Denoising, **{n: (cls | None, None) for n, cls in tasks.items()})
+    model = create_model("Denoising", __base__=DenoisingBlock, **{n: (cls | None, None) for n, cls in tasks.items()})
     try:
         parsed = model.model_validate({} if block is None else block)
     except ValidationError as error:
         own = {"drop_path": DropPathSettings, "repeat_cells": CellRepeatSettings}
         raise ConfigError(_explain(error, {"": model, **own, **tasks})) from None
     settings = {name: getattr(parsed, name) for name in tasks if getattr(parsed, name) is not None}
-    own = {name: getattr(parsed, name) for name in _Denoising.model_fields}
+    own = {name: getattr(parsed, name) for name in DenoisingBlock.model_fields}
     return Denoising(_fill_probabilities(settings), **own)
 
 

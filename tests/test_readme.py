@@ -6,34 +6,25 @@ import re
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel
 
-from fairchem_scd.config import CellRepeatSettings, DropPathSettings, _Denoising
-from fairchem_scd.tasks import _TASKS, build_tasks
+from fairchem_scd.settings_reference import blocks, page, shown
+from fairchem_scd.tasks import build_tasks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def _default(value):
-    if isinstance(value, (tuple, frozenset)):
-        return f"[{', '.join(value)}]"
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
+def _row(prefix, key, field):
+    meaning = field.description.replace("|", r"\|")
+    return f"| `{prefix}{key}` | `{shown(field.default)}` | {meaning} |"
 
 
-def _rows(model: type[BaseModel], prefix: str) -> list[str]:
-    return [
-        f"| `{prefix}{key}` | `{_default(field.default)}` | {field.description} |".replace("|F|", r"\|F\|")
-        for key, field in model.model_fields.items()
-    ]
-
-
-def test_settings_table_is_current():
-    rows = [row for name, task in _TASKS.items() for row in _rows(task.Settings, f"{name}.")]
-    rows += _rows(_Denoising, "")
-    rows += [*_rows(DropPathSettings, "drop_path."), *_rows(CellRepeatSettings, "repeat_cells.")]
+def test_settings_tables_are_current():
+    prefixed = {f"{name}." if name else "": block for name, block in blocks().items()}
+    rows = [_row(prefix, *item) for prefix, block in prefixed.items() for item in block.model_fields.items()]
     expected = "\n".join(rows)
     assert expected in README, f"the README's table should read\n{expected}"
+    assert (ROOT / "docs" / "settings.md").read_text() == page(), "run python -m fairchem_scd.settings_reference"
 
 
 def test_the_lines_to_add_are_a_valid_block():

@@ -40,6 +40,7 @@ __all__ = [
     "identities",
     "register_task",
     "structures_of",
+    "task_classes",
 ]
 
 _TASKS: dict[str, type[Task]] = {}
@@ -49,6 +50,11 @@ def register_task(cls: type[Task]) -> type[Task]:
     """Make a task known under `cls.name`, its key in the `task.denoising` block."""
     _TASKS[cls.name] = cls
     return cls
+
+
+def task_classes() -> dict[str, type[Task]]:
+    """All known tasks, by name."""
+    return dict(_TASKS)
 
 
 for _task in (Dens, Scd, NoisyNodes):
