@@ -17,8 +17,7 @@ Under `task.denoising` of a config. Written by `python -m fairchem_scd.settings_
 descriptions; a test keeps it current.
 
 A step has at most one task, drawn from (seed, step). A task is on when its block is there, be it `{}`; `null` turns it
-off. Unknown keys, wrong types and values out of range end in one error before training, which `fairchem-scd check` shows
-too.
+off. Unknown keys, wrong types and values out of range end in one error before training; `fairchem-scd check` shows it.
 """
 
 _KINDS = {
