@@ -46,7 +46,7 @@ ESEN_HEADS = {
     "esen": {"energy": {"module": "esen_mlp_energy_head"}, "forces": {"module": "esen_linear_force_head_dens"}},
     "esen conservative": {"both": {"module": "esen_mlp_efs_head_dens"}},
 }
-TRAINED_HERE = ("equiformer_v2", "equiformer_v2 sigma")
+TRAINED_HERE = ("equiformer_v2", "equiformer_v2 sigma", "equiformer_v2 stress")
 HOST = (*TRAINED_HERE, *ESEN_HEADS)
 AUTHORS = ("equiformer_v2", "escn")
 
@@ -78,6 +78,8 @@ def host_config(data, kind):
             "energy": {"module": "eqV2_DeNS_scalar_head"},
             "forces": {"module": "eqV2_DeNS_vector_head", "output_name": "forces"},
         }
+    if kind == "equiformer_v2 stress":
+        heads["stress"] = {"module": "dens_rank2_symmetric_head", "output_name": "stress", "use_denoising": False}
     model = {"backbone": backbone, "heads": copy.deepcopy(heads), "pass_through_head_outputs": True}
     config["model"] = {"name": "hydra", "otf_graph": True, **model}
     return config
@@ -568,6 +570,14 @@ def test_one_clear_error_for_a_checkpoint_of_another_model(make, said, tmp_path)
     output = invoke("import", tmp_path / "theirs.pt", tmp_path / "ours.pt", code=1)
     assert len(output.strip().splitlines()) == 2, output  # what it reads, and the error
     assert [path.name for path in tmp_path.iterdir()] == ["theirs.pt"]
+
+
+def test_two_noise_heads_are_refused(host):
+    checkpoint = read(host("equiformer_v2")[1])
+    heads = {k: v for k, v in checkpoint["state_dict"].items() if ".denoising_pos_block." in k}
+    second = {key.replace("heads.forces", "heads.magmoms"): value for key, value in heads.items()}
+    with pytest.raises(ConfigError, match=r"two noise heads .*output_heads\.magmoms.* is of the second"):
+        from_dens({**checkpoint, "state_dict": {**checkpoint["state_dict"], **second}})
 
 
 @pytest.mark.parametrize("kind", ["esen", "esen conservative"])
