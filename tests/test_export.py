@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 from fairchem.core.models.base import HydraModel
 
 from fairchem_scd import checkpoint
@@ -43,6 +44,7 @@ import numpy as np
 import torch
 from ase.io import read
 from ase.optimize import BFGS
+from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 from fairchem.core.models.base import HydraModel
 
@@ -166,6 +168,27 @@ def test_by_default_the_moving_average_is_exported_where_there_is_one(runs, data
     raw = trainer._unwrapped_model.state_dict()
     assert all(torch.equal(raw[key], value) for key, value in state.items())
     assert "no moving average" in run("export", folder / "checkpoint.pt", tmp_path / "x.pt", "--weights", "ema", code=1)
+
+
+def test_the_calculator_takes_the_raw_weights_of_a_checkpoint_and_the_average_of_the_best(runs, atoms, tmp_path):
+    """Of unexported ones, as docs/checkpoints.md says; and of an export what was exported."""
+    trainer, folder = runs["dens"]
+    run("export", folder / "checkpoint.pt", tmp_path / "plain.pt")
+    batch = collate(slabs(1, seed=3))
+    raw, average = (
+        predicted(trainer, state, batch)["energy"].item()
+        for state in (trainer._unwrapped_model.state_dict(), averaged(trainer))
+    )
+    assert raw != average
+    for path, expected in (
+        (folder / "checkpoint.pt", raw),
+        (folder / "best_checkpoint.pt", average),
+        (tmp_path / "plain.pt", average),
+    ):
+        calculator = OCPCalculator(checkpoint_path=str(path), cpu=True)
+        torch.manual_seed(3)
+        calculator.calculate(atoms, ["energy"], [])
+        assert calculator.results["energy"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_best_checkpoint_holds_the_average_alone(runs, tmp_path):

@@ -2,6 +2,7 @@
 
 from fairchem_scd.checkpoint.adapt import adapt, carry_over, is_of
 from fairchem_scd.checkpoint.files import read, what_next
+from fairchem_scd.checkpoint.foreign import from_dens
 from fairchem_scd.checkpoint.plain import export, to_plain
 from fairchem_scd.checkpoint.source import ADDED, source_weights
 from fairchem_scd.checkpoint.weights import build, inference_weights
@@ -12,6 +13,7 @@ __all__ = [
     "build",
     "carry_over",
     "export",
+    "from_dens",
     "inference_weights",
     "is_of",
     "read",
