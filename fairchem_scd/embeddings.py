@@ -19,11 +19,12 @@ from fairchem_scd import checks
 from fairchem_scd.backbones import Adapter, adapter_for
 from fairchem_scd.backbones.hooks import hooked
 from fairchem_scd.checkpoint import build, inference_weights, read
+from fairchem_scd.checkpoint.source import model_config
 from fairchem_scd.config import ConfigError, DataError
 from fairchem_scd.data.split import read_row
 from fairchem_scd.embedding_table import Embeddings
 from fairchem_scd.model import DenoisingHydra
-from fairchem_scd.tasks import identities
+from fairchem_scd.tasks import build_tasks, identities
 
 Kind = Literal["auto", "features", "condition", "both"]
 
@@ -57,8 +58,7 @@ def embed(
             c [B, C]; "both"; "auto": the features, and c where the model makes one.
         pool: the features' mean or their sum over a structure's atoms.
         per_atom: the atoms' own features [N, C] too.
-        batch_size: structures at a time. Embeddings do not depend on it, but for one thing: where a backbone's
-            max_neighbors cuts through equal distances, the host's choice among them may.
+        batch_size: structures at a time, which changes nothing but time and memory. One by one where c is of a part.
         weights: "ema", the moving average; "raw"; None: the average where the checkpoint has one.
         device: where to run; None: the first GPU if there is one.
         limit: the first so many structures only.
@@ -80,14 +80,15 @@ def embed(
             "the checkpoint makes no condition c: it was not trained with task.denoising.scd; its features are there"
         )
     told = kind in ("condition", "both") or (kind == "auto" and has_condition)
-    run = _Run(model.to(device), device, condition=told)
+    tags = _embedded_tags(source) if told else None
+    run = _Run(model.to(device), device, condition=told, tags=tags)
     size = len(dataset) if limit is None else min(limit, len(dataset))
     if size == 0:
         raise ConfigError("there are no structures to embed")
 
     records = []
     with tqdm(total=size, desc="embedding", unit=" structures", disable=not progress) as bar:
-        for rows in _batches(dataset, size, batch_size):
+        for rows in _batches(dataset, size, batch_size if tags is None else 1):
             for row, scalars, c in run(rows):
                 made = {} if c is None else {"condition": c}
                 if kind != "condition":
@@ -125,6 +126,13 @@ def load_model(checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"] | N
     model.load_state_dict(chosen)
     model.output_heads = nn.ModuleDict()  # only after the average, a list by position over all parameters, was read
     return model.requires_grad_(False).eval()
+
+
+def _embedded_tags(checkpoint: Mapping[str, Any]) -> frozenset[int] | None:
+    """The tags of the part that c is of; None: it is of the whole structure."""
+    tasks, _ = build_tasks(model_config(checkpoint).get("denoising"))
+    found = (getattr(task.settings, "embed_tags", None) for task in tasks.values())
+    return next((tags for tags in found if tags is not None), None)
 
 
 def _with_model_block(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -173,35 +181,53 @@ def _batches(dataset: Any, size: int, batch_size: int) -> Iterator[list[Any]]:
 class _Run:
     """The model over one batch of rows after the other."""
 
-    def __init__(self, model: DenoisingHydra, device: torch.device, *, condition: bool) -> None:
-        self.model, self.device, self.condition = model, device, condition
+    def __init__(
+        self, model: DenoisingHydra, device: torch.device, *, condition: bool, tags: frozenset[int] | None
+    ) -> None:
+        self.model, self.device, self.condition, self.tags = model, device, condition, tags
         self.adapter: Adapter = adapter_for(model.backbone)
         self.elements = getattr(model.backbone, "max_num_elements", None)
+        # A graph for each structure by itself: in one of several, max_neighbors chooses otherwise among neighbours at
+        # equal distances. What the host takes structures out of for that is not a batch of parts.
+        model.backbone.use_pbc_single = tags is None
 
     def __call__(self, rows: Sequence[Any]) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
         """Each row with the features [n, C] of its n atoms and its c [C]; float32, on the CPU."""
         for row in rows:
             _check_row(row, self.elements)
         batch = _collated(rows).to(self.device)
-        returned: list[Any] = []
-        note = self.model.backbone.register_forward_hook(lambda module, args, out: returned.append(out))
-        devices = [self.device] if self.device.type == "cuda" else []
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices), hooked(note):
-                torch.manual_seed(0)
-                condition = self.model.embed(batch).detach().float().cpu() if self.condition else None
-                # c of all atoms comes from the pass that the features come from; c of a part does not.
-                if not returned or len(self.adapter.scalars(returned[-1])) != len(batch.pos):
-                    torch.manual_seed(0)
-                    self.model(batch)
+            scalars, condition = self._forward(batch)
         except torch.cuda.OutOfMemoryError as error:
             raise ConfigError(f"out of memory with {len(rows)} structures at a time; lower --batch-size") from error
-        # The host switches gradients on inside some backbones.
-        scalars = self.adapter.scalars(returned[-1]).detach().float().cpu()
+        except RuntimeError as error:
+            if self.model.backbone.generate_graph(batch).edge_index.numel():
+                raise
+            raise DataError(
+                f"{_named(rows[0])}: no atom has a neighbour within the model's cutoff, and the host runs no batch "
+                f"without any neighbours (here of {len(rows)}); leave such structures out, or raise --batch-size"
+            ) from error
         for i, (row, own) in enumerate(zip(rows, scalars.split([len(row.pos) for row in rows]), strict=True)):
             if not bool(own.isfinite().all()):
                 raise DataError(f"{_named(row)}: its features are not finite")
             yield row, own, None if condition is None else condition[i]
+
+    def _forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        returned: list[Any] = []
+        note = self.model.backbone.register_forward_hook(lambda module, args, out: returned.append(out))
+        devices = [self.device] if self.device.type == "cuda" else []
+        condition = None
+        with torch.no_grad(), torch.random.fork_rng(devices), hooked(note):
+            torch.manual_seed(0)
+            if self.condition:
+                condition = self.model.embed(batch).float().cpu()
+                if self.tags is not None and torch.isin(batch.tags.cpu(), torch.tensor([*self.tags])).sum() < 2:
+                    condition.zero_()  # no part that SCD would embed
+            # c of all atoms comes from the pass that the features come from; c of a part does not.
+            if not returned or len(self.adapter.scalars(returned[-1])) != len(batch.pos):
+                self.model(batch)
+        # The host switches gradients on inside some backbones.
+        return self.adapter.scalars(returned[-1]).detach().float().cpu(), condition
 
 
 def _collated(rows: Sequence[Any]) -> Any:

@@ -21,6 +21,9 @@ Method = Literal["pca", "umap"]
 LEAST = 3
 """Structures that a map needs."""
 
+_STEPS = [1, 2, 5, 10]
+"""Between ticks."""
+
 _AREA = 22.0
 """Of a large point, pt²."""
 
@@ -45,8 +48,8 @@ def draw(embeddings: Embeddings, *, color: Color | None = None, method: Method =
     Args:
         embeddings: of the structures.
         color: "energy", eV per atom; "natoms"; "adsorbate", the formula of the atoms with tag 2; "composition", the
-            reduced formula, or the elements alone where there are too many formulas. None: energy where the data has
-            it, else composition.
+            reduced formula, or the elements alone where there are too many formulas, without the adsorbate where
+            tags tell it. None: energy where the data has it, else composition.
         method: "pca", principal components of the centred embeddings; "umap".
 
     Raises:
@@ -65,8 +68,8 @@ def draw(embeddings: Embeddings, *, color: Color | None = None, method: Method =
     if method == "umap":  # its units mean nothing
         axes.set(xticks=[], yticks=[])
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
     if values.dtype.kind in "if":
         _numbers(figure, axes, points, values, title)
     else:
@@ -122,21 +125,35 @@ def _values(embeddings: Embeddings, color: Color) -> tuple[np.ndarray, str]:
     if color == "adsorbate":
         if embeddings.adsorbate is None:
             raise ConfigError("--color adsorbate: no atom of the data has tag 2, which marks adsorbates")
-        return np.array([name or "none" for name in embeddings.adsorbate]), "adsorbate"
+        names = [format(Formula(name), "periodic") if name else "none" for name in embeddings.adsorbate]
+        return np.array(names), "adsorbate"
     formulas = [Formula(formula) for formula in embeddings.formula]
-    reduced = [format(formula.reduce()[0], "hill") for formula in formulas]
+    of = ""
+    if embeddings.adsorbate is not None:
+        formulas = [_without(f, Formula(a)) for f, a in zip(formulas, embeddings.adsorbate, strict=True)]
+        of = "\nof slab"
+    reduced = [format(formula.reduce()[0], "metal") for formula in formulas]
     if len(set(reduced)) <= len(style.COLORS):
-        return np.array(reduced), "composition"
-    return np.array(["–".join(sorted(formula.count())) for formula in formulas]), "elements"
+        return np.array(reduced), f"composition{of}"
+    return np.array(["–".join(formula.convert("metal").count()) for formula in formulas]), f"elements{of}"
+
+
+def _without(formula: Formula, part: Formula) -> Formula:
+    counts = formula.count()
+    for element, count in part.count().items():
+        counts[element] -= count
+    return Formula.from_dict({element: count for element, count in counts.items() if count})
 
 
 def _look(count: int) -> dict[str, Any]:
     """Points that are large where there are few, and small where they would hide each other."""
-    area = float(np.clip(6000 / count, 4, _AREA))  # pt²
-    return {"s": area, "linewidths": 0.25, "edgecolors": "white", "rasterized": count > _MANY}
+    area = float(np.clip(_AREA * np.sqrt(100 / count), 3, _AREA))  # pt²
+    return {"s": area, "linewidths": area / 80, "edgecolors": "white", "rasterized": count > _MANY}
 
 
 def _numbers(figure: Figure, axes: Axes, points: np.ndarray, values: np.ndarray, title: str) -> None:
+    order = np.random.default_rng(0).permutation(len(values))  # so that no part of the data lies on top of the rest
+    points, values = points[order], values[order]
     known = np.isfinite(values)
     low, high = float(values[known].min()), float(values[known].max())
     if low == high:
@@ -148,7 +165,7 @@ def _numbers(figure: Figure, axes: Axes, points: np.ndarray, values: np.ndarray,
     drawn = axes.scatter(*points[known].T, c=values[known], cmap=style.SEQUENTIAL, vmin=low, vmax=high, **look)
     bar = figure.colorbar(drawn, ax=axes, label=title, pad=0.02, aspect=25)
     bar.outline.set_linewidth(0.6)
-    bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=values.dtype.kind == "i"))
+    bar.ax.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS, integer=values.dtype.kind == "i"))
     bar.ax.yaxis.get_major_formatter().set_useOffset(False)
     bar.solids.set_rasterized(True)
 
