@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -96,9 +97,16 @@ class Embeddings:
         path = check_table(path, force=force)
         with whole_file(path, force=force) as part:
             if path.suffix == ".npz":
-                np.savez(part, **self.arrays(), about=np.array(json.dumps(dict(self.about))))
+                self._write_npz(part)
             else:
                 self._write_parquet(part)
+
+    def _write_npz(self, path: Path) -> None:
+        # As numpy.savez does, which leaves the archive open where the disk is full.
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, array in {**self.arrays(), "about": np.array(json.dumps(dict(self.about)))}.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
 
     def _write_parquet(self, path: Path) -> None:
         import pyarrow as pa

@@ -171,6 +171,13 @@ def test_the_average_of_the_weights_is_the_default(files, rows):
     assert (both[None].about["weights"], both["raw"].about["weights"]) == ("ema", "raw")
 
 
+def test_a_fine_tuned_checkpoint_is_built_from_the_one_it_started_from(files, rows):
+    source = torch.load(files["supervised"], weights_only=False)
+    source["config"]["model"]["backbone"] = None
+    source["config"]["model"]["finetune_config"] = {"starting_checkpoint": files["pretrained"]}
+    assert np.array_equal(embed(source, rows).features, embed(files["supervised"], rows).features)
+
+
 def test_the_model_of_a_checkpoint_keeps_no_gradients_and_runs_in_eval_mode(rows):
     model = load_model(checkpoint(block={"scd": {}}, alpha_drop=0.5, drop_path_rate=0.5))
     assert not model.training
@@ -384,7 +391,7 @@ def test_a_file_that_exists_is_kept_without_force(files, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, "savez", full)
+        patch.setattr(np.lib.format, "write_array", full)
         result = run(files["supervised"], files["config"], out, "--force")
     assert (result.exit_code, "No space left" in result.stderr) == (1, True)
     assert out.read_text() == "mine"
