@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from fairchem_scd.config import ConfigError, DataError
 from fairchem_scd.tasks import Task, identities, structures_of
 
-_SAMPLE = 32
 _LMDB = ("lmdb", "single_point_lmdb", "trajectory_lmdb", "oc22_lmdb", "oc20_md_lmdb", "dens_lmdb")
 _ASE = ("ase_db", "ase_lmdb", "ase_read", "ase_read_multi")
 
@@ -61,53 +60,31 @@ def _how_to_get(kind: str) -> str:
     )
 
 
-def check_sample(
-    split: str, tasks: Mapping[str, Task], dataset: Any, outputs: Collection[str], max_num_elements: int | None
-) -> None:
-    """Read rows evenly spaced over a dataset and check that the tasks can train on them.
+def check_sample(split: str, tasks: Mapping[str, Task], rows: Sequence[Any]) -> None:
+    """Check that the tasks can train on a sample of the data.
 
     Args:
         split: its key under `dataset`.
         tasks: by name.
-        dataset: of the host.
-        outputs: names of the config's outputs.
-        max_num_elements: size of the model's table of elements, if it has one.
+        rows: of a dataset.
 
     Raises:
-        ConfigError: a label is missing, or no atom may move anywhere in the sample.
-        DataError: a row is broken.
+        ConfigError: a row does not say which atoms are fixed, or no atom may move anywhere in the sample.
     """
-    if not len(dataset):
-        raise ConfigError(f"dataset.{split}: no structures")
-    rows = sample(dataset)
-    for row in rows:
-        for task in tasks.values():
-            for label in sorted(task.labels):
-                if getattr(row, label, None) is None:
-                    raise ConfigError(
-                        f"task.denoising.{task.name} needs the label '{label}', which {_name(row)} does not have; its "
-                        f"keys: {', '.join(sorted(row.keys()))}. LMDBs name labels by dataset.{split}.key_mapping "
-                        f"(force: forces), ASE databases read them with dataset.{split}.a2g_args.r_forces: true"
-                    )
-        if tasks and getattr(row, "fixed", None) is None:
+    for row in rows if tasks else ():
+        if getattr(row, "fixed", None) is None:
             raise ConfigError(
                 f"{_name(row)} does not say which atoms are fixed ('fixed'); "
                 f"ASE databases need dataset.{split}.a2g_args.r_fixed: true (the host's default)"
             )
-        check_batch(row, labels_used(tasks, outputs), max_num_elements)
     for task in tasks.values():
         task.check_sample([structures_of(row) for row in rows], f"sampled from dataset.{split}")
 
 
-def sample(dataset: Any) -> list[Any]:
-    """Rows evenly spaced over a dataset, 32 at most."""
-    last, parts = len(dataset) - 1, max(min(len(dataset), _SAMPLE) - 1, 1)
-    return [dataset[i] for i in sorted({k * last // parts for k in range(parts + 1)})]
-
-
-def labels_used(tasks: Mapping[str, Task], outputs: Collection[str]) -> set[str]:
-    """Names of the labels that are trained on or told; what else the data holds is not looked at."""
-    return set(outputs).union(*(task.labels for task in tasks.values()))
+def labels_needed(tasks: Mapping[str, Task], outputs: Collection[str]) -> dict[str, str]:
+    """For each label that is trained on or told, what asks for it; what else the data holds is not looked at."""
+    needed = {label: f"task.denoising.{task.name}" for task in tasks.values() for label in task.labels}
+    return {**{name: f"outputs.{name}" for name in outputs}, **needed}
 
 
 def check_batch(batch: Any, labels: Collection[str], max_num_elements: int | None) -> None:

@@ -288,6 +288,11 @@ class DenoisingBlock(_Block):
     restart: bool = Field(
         False, description="count steps from zero when a checkpoint of another kind (plain, say) is given"
     )
+    on_bad_data: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a row that cannot be read or trained on ends the run, named, or is left out and counted, and the "
+        "next good one stands in for it",
+    )
     drop_path: DropPathSettings | None = Field(None, description="a schedule for the backbone's drop path")
     repeat_cells: CellRepeatSettings | None = Field(None, description="repeat small periodic cells in training")
 
@@ -298,11 +303,12 @@ class Denoising:
 
     Attributes:
         tasks: settings of each task that is on, by name, with every `prob` filled in.
-        restart, drop_path, repeat_cells: the block's own settings.
+        restart, on_bad_data, drop_path, repeat_cells: the block's own settings.
     """
 
     tasks: dict[str, Settings]
     restart: bool
+    on_bad_data: str
     drop_path: DropPathSettings | None
     repeat_cells: CellRepeatSettings | None
 

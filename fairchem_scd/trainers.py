@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,16 +29,18 @@ from fairchem_scd import checkpoint as checkpoints
 from fairchem_scd import checks, pretraining
 from fairchem_scd.backbones import adapter_for, modernise
 from fairchem_scd.compat import denoising_block
-from fairchem_scd.config import ConfigError
+from fairchem_scd.config import ConfigError, DataError
 from fairchem_scd.data.cell_repeats import RepeatedCells, check_outputs
-from fairchem_scd.data.numbered import Numbered
+from fairchem_scd.data.guarded import Guarded, check_row
+from fairchem_scd.data.numbered import Numbered, named
 from fairchem_scd.losses import Noted, Parts, Ranks
 from fairchem_scd.model import handed
+from fairchem_scd.resumable import ResumableMixin
 from fairchem_scd.step import Step
 from fairchem_scd.tasks import NOISE, VALIDATION, Plan, Task, TaskDraw, build_tasks, structures_of
 
 
-class DenoisingMixin:
+class DenoisingMixin(ResumableMixin):
     """Denoising on top of a host trainer. Put before the trainer among the bases.
 
     Raises:
@@ -70,7 +74,9 @@ class DenoisingMixin:
         self._parts = Parts()
         self._validating = False
         self._inference_only = config.get("inference_only", False)
-        self._left_out = 0
+        self._left_out = self._bad_rows = 0
+        self._bad_row: str | None = None
+        self._scale_before: tuple[Any, dict[str, Tensor]] | None = None
         super().__init__(**config)
 
     # --- setting up -----------------------------------------------------------------------------------------------
@@ -122,7 +128,8 @@ class DenoisingMixin:
         for split in ("train", "val") if self.self_supervised else ("train",):
             loader = getattr(self, f"{split}_loader")
             if loader is not None:  # whose dataset is as batches will be: named, and with cells repeated
-                checks.check_sample(split, self.tasks, loader.dataset, self.output_targets, self.max_num_elements)
+                rows = loader.dataset.sample(skip=self.denoising.on_bad_data == "skip")
+                checks.check_sample(split, self.tasks, rows)
 
     def load_loss(self) -> None:
         super().load_loss()
@@ -130,11 +137,25 @@ class DenoisingMixin:
             self.loss_functions = []  # the placeholder has no target
 
     def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> Any:
-        if len(dataset) and "sid" not in dataset[0]:
+        if not named(dataset):
             dataset = Numbered(dataset)
         if self.denoising.repeat_cells is not None and sampler is getattr(self, "train_sampler", None):
             dataset = RepeatedCells(dataset, self.denoising.repeat_cells, self.draw_task.seed, sampler, self._per_atom)
+        for split in ("train", "val"):  # predictions are to be of every row
+            if sampler is getattr(self, f"{split}_sampler", None):
+                dataset = Guarded(dataset, split, self._row_check(split))
         return super().get_dataloader(dataset, sampler, workers)
+
+    def _row_check(self, split: str) -> Callable[[Any], None]:
+        batch_size = self.config["optim"].get("batch_size", 1)
+        return partial(
+            check_row,
+            split=split,
+            needed=checks.labels_needed(self.tasks, self.output_targets),
+            max_num_elements=getattr(self._unwrapped_model.backbone, "max_num_elements", None),
+            cutoff=getattr(self._unwrapped_model.backbone, "cutoff", None),
+            alone=(self.config["optim"].get("eval_batch_size", batch_size) if split == "val" else batch_size) == 1,
+        )
 
     def load_extras(self) -> None:
         checks.mend_warmup(self.config["optim"], len(self.train_loader) if self.train_loader else None)
@@ -174,6 +195,9 @@ class DenoisingMixin:
         left_out = distutils.all_reduce(self._left_out, device=self.device)
         if left_out:
             logging.warning("%d structures had nothing to denoise and were left out of the denoising loss", left_out)
+        bad = distutils.all_reduce(self._bad_rows, device=self.device)
+        if bad:
+            logging.warning("%d times a bad row was left out, and the next good one stood in for it", bad)
         if distutils.is_master() and not self.is_debug:
             folder = self.config["cmd"]["checkpoint_dir"]
             logging.info(checkpoints.what_next(folder, pretrained=self.self_supervised))
@@ -185,18 +209,36 @@ class DenoisingMixin:
         finally:
             self._validating = False
 
+    @contextmanager
+    def _without_open_step(self) -> Iterator[None]:
+        if self._scale_before is None:
+            yield
+            return
+        running, before = self._scale_before
+        now = {key: value.clone() for key, value in running.state_dict().items()}
+        running.load_state_dict(before)
+        try:
+            yield
+        finally:
+            running.load_state_dict(now)
+
     # --- a step ---------------------------------------------------------------------------------------------------
 
+    def _backward(self, loss: Tensor) -> None:
+        super()._backward(loss)
+        self._scale_before = None
+
     def _forward(self, batch: Any) -> dict[str, Tensor]:
-        self._step, self._parts = None, Parts()
+        self._step, self._parts, self._scale_before = None, Parts(), None
         # Prediction never corrupts; validation does where there is nothing else to judge by.
         if self.model.training:
-            self._check(batch)
+            self._note_bad_data(batch)
             if self.denoising.drop_path is not None:
                 adapter_for(self._unwrapped_model.backbone).set_drop_path(self.denoising.drop_path.rate(self.step))
             self._step = self._begin(batch, self.draw_task(self.step), self.draw_task.seed, self.step)
-        elif self._validating and self.self_supervised:
-            self._check(batch)
+        elif self._validating:
+            self._note_bad_data(batch)
+        if not self.model.training and self._validating and self.self_supervised:
             judge = next(task for task in self.tasks.values() if task.settings.prob)
             self._step = self._begin(batch, judge, 0, VALIDATION)
         if self._step is None:
@@ -218,6 +260,7 @@ class DenoisingMixin:
         if objective.scale is None:
             running = self._unwrapped_model.denoising[task.name]["scale"]
             if step != VALIDATION:
+                self._scale_before = running, {key: value.clone() for key, value in running.state_dict().items()}
                 running.update(corruption.noise[corruption.mask], distutils.all_reduce)
             objective = replace(objective, scale=running.scale)
         return Step(
@@ -244,7 +287,7 @@ class DenoisingMixin:
             self.loss_functions = host_functions
         if step is not None and step.objective.loss is not None:
             loss = loss + step.noise_term(DDPLoss(step.objective.loss, reduction="mean"), ranks, self._parts)
-        return loss
+        return loss if self._bad_row is None else loss * torch.nan
 
     def _compute_metrics(
         self, out: dict[str, Tensor], batch: Any, evaluator: Any, metrics: dict[str, Any] | None = None
@@ -271,12 +314,42 @@ class DenoisingMixin:
                 metrics = evaluator.update(name, value, metrics)
         return metrics
 
-    def _check(self, batch: Any) -> None:
-        checks.check_batch(batch, checks.labels_used(self.tasks, self.output_targets), self.max_num_elements)
+    # --- bad data -------------------------------------------------------------------------------------------------
 
-    @property
-    def max_num_elements(self) -> int | None:
-        return getattr(self._unwrapped_model.backbone, "max_num_elements", None)
+    def _note_bad_data(self, batch: Any) -> None:
+        """Count the rows of a batch that were left out, or see to it that the run ends.
+
+        Where other ranks would wait for this one, it goes on to where they meet: the gradients of a step, which it
+        spoils, or the end of validation.
+        """
+        found = [line for entry in getattr(batch, "bad_data", ()) for line in entry.splitlines()]
+        if not found:
+            return
+        if self.denoising.on_bad_data == "skip":
+            for line in found:
+                logging.warning("left out: %s", line)
+            self._bad_rows += len(found)
+            return
+        self._bad_row = found[0]
+        if distutils.get_world_size() == 1:
+            self._stop_on_bad_data()
+
+    def _stop_on_bad_data(self) -> None:
+        """Raise DataError where any rank has seen a bad row. All ranks call it."""
+        seen = [self._bad_row]
+        if distutils.get_world_size() > 1:
+            seen = [None] * distutils.get_world_size()
+            torch.distributed.all_gather_object(seen, self._bad_row)
+        for line in seen:
+            if line is not None:
+                raise DataError(f"{line}. With task.denoising.on_bad_data: skip such rows are left out")
+
+    def _after_spoilt_step(self) -> None:
+        self._stop_on_bad_data()
+
+    def _aggregate_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        self._stop_on_bad_data()
+        return super()._aggregate_metrics(metrics)
 
 
 def _with_defaults(evaluation: dict[str, Any] | None, outputs: dict[str, Any]) -> dict[str, Any]:

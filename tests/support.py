@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import setup_imports
 from fairchem.core.datasets import data_list_collater
 from fairchem.core.models.base import HydraModel
+from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone
+from fairchem.core.models.equiformer_v2.equiformer_v2_deprecated import EquiformerV2
+from fairchem.core.models.escn.escn import eSCN
 
 import fairchem_scd.plugin  # noqa: F401  (registers everything with the host)
 from fairchem_scd.data.emt_slabs import emt_slabs
@@ -217,3 +223,12 @@ def fixed_edge_frames(backbone: Any, data: Any, edge_index: torch.Tensor, vector
     z = torch.linalg.cross(y, axis)
     z = z / z.norm(dim=1, keepdim=True)
     return torch.stack([torch.linalg.cross(y, z), y, z], dim=1).detach()
+
+
+@contextmanager
+def edge_frames_without_chance() -> Iterator[None]:
+    """While entered, every backbone has `fixed_edge_frames`."""
+    with ExitStack() as stack:
+        for model in (EquiformerV2Backbone, EquiformerV2, eSCN):
+            stack.enter_context(mock.patch.object(model, "_init_edge_rot_mat", fixed_edge_frames))
+        yield

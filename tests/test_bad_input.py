@@ -81,7 +81,7 @@ def test_a_sample_of_the_data_tells_before_the_first_step(change, error, message
 
 @pytest.mark.parametrize("change", [heavy_atom, nan_force, infinite_position])
 def test_a_row_the_sample_missed_is_named_when_it_comes(change, tmp_path, monkeypatch):
-    monkeypatch.setattr("fairchem_scd.checks._SAMPLE", 2)
+    monkeypatch.setattr("fairchem_scd.data.guarded._SAMPLE", 2)
     source = rewritten(tmp_path, lambda i, row: change(i, row) if i not in (0, 7) else None)
     if change is infinite_position:
         source = rewritten(tmp_path / "other", lambda i, row: row.pos.fill_(float("inf")) if i == 3 else None)

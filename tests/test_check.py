@@ -89,6 +89,7 @@ def test_distances_to_nearest_neighbours_are_those_of_a_direct_count(rows):
 
 
 def test_all_problems_are_named_at_once(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(environment.shutil, "which", lambda name: None)
     monkeypatch.setattr(environment, "_try_scatter", mock.Mock(side_effect=RuntimeError("not compiled with CUDA")))
     config = tiny_config(data, denoising={"dens": {"probs": 0.5}})
     config["dataset"]["val"] = {"src": str(tmp_path / "nowhere"), "format": "lmdb"}

@@ -524,9 +524,21 @@ def test_data_that_cannot_be_denoised_ends_in_one_error(block, change, error, me
 
 
 def test_a_label_that_is_not_finite_stops_before_the_weights_are_touched(data, tmp_path):
-    trainer = make_trainer(tiny_config(data, denoising={"scd": {}}), tmp_path)
-    batch = batch_of(trainer)
-    batch.energy[1] = float("nan")
-    name = structures_of(batch).ids[1]
-    with pytest.raises(DataError, match=rf"structure sid/fid {name}: energy is not finite"):
-        step_of(trainer, batch)
+    class Spoilt:
+        def __getitem__(self, index):
+            row = inner[index]
+            if index == 1:
+                row.energy = torch.tensor(float("nan"))
+            return row
+
+        def __len__(self):
+            return len(inner)
+
+    trainer = make_trainer(tiny_config(data, denoising={"scd": {}}, optim={"batch_size": 8}), tmp_path)
+    guarded = trainer.train_loader.dataset
+    inner, guarded.dataset = guarded.dataset, Spoilt()
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    name = structures_of(inner[1]).ids[0]
+    with pytest.raises(DataError, match=rf"dataset\.train, row \d+: structure sid/fid {name}: energy is not finite"):
+        trainer.train(disable_eval_tqdm=True)
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())

@@ -22,9 +22,9 @@ def command(
 ) -> None:
     """Make CHECKPOINT plain: OUT loads in fairchem without this package.
 
-    OUT has the host's model, its keys and config, the normalisers and element references, one set of weights, and nothing
-    of the denoising task. The weights are the moving average where the run kept one, as in validation. (Given an
-    unexported checkpoint.pt, fairchem's OCPCalculator takes the raw weights; given best_checkpoint.pt, the average.)
+    OUT has the host's model, its keys and config, the normalisers and element references, one set of weights, and
+    nothing of the denoising task. The weights are the moving average where the run kept one, as in validation. (Given
+    an unexported checkpoint.pt, fairchem's OCPCalculator takes the raw weights; given best_checkpoint.pt, the average.)
 
     What a run with null_condition: mask_token has learned cannot be computed by the plain model, and is refused; so is
     a pre-trained model, which has no heads, without --backbone-only.

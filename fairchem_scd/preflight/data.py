@@ -13,6 +13,7 @@ from ase.neighborlist import neighbor_list
 from fairchem.core.datasets import data_list_collater
 
 from fairchem_scd import checks
+from fairchem_scd.data.guarded import Guarded
 from fairchem_scd.preflight.report import Report
 from fairchem_scd.tasks import Task, structures_of
 
@@ -33,9 +34,17 @@ def check_sources(config: Mapping[str, Any], report: Report) -> None:
                 checks.check_source(f"dataset.{split}", block, blocks["train"])
 
 
-def describe(split: str, dataset: Any, outputs: Sequence[str], report: Report) -> list[Any]:
-    """Read rows evenly spaced over a dataset and say what they hold. Returns them."""
-    rows = checks.sample(dataset)
+def describe(split: str, dataset: Guarded, outputs: Sequence[str], *, skip: bool, report: Report) -> list[Any]:
+    """Read rows evenly spaced over a dataset and say what they hold. Returns them.
+
+    Args:
+        split: its key in the config.
+        dataset: of a trainer's loader.
+        outputs: names of the config's outputs.
+        skip: leave bad rows out.
+        report: where it is said.
+    """
+    rows = dataset.sample(skip=skip)
     counts = np.array([int(row.natoms) for row in rows])
     elements = torch.cat([row.atomic_numbers.view(-1) for row in rows]).long().unique().tolist()
     report.say(

@@ -12,7 +12,7 @@ from fairchem.core.common.flags import flags
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import build_config, new_trainer_context, setup_imports
 
-from fairchem_scd import checks, pretraining
+from fairchem_scd import pretraining
 from fairchem_scd.backbones import modernise
 from fairchem_scd.compat import denoising_block
 from fairchem_scd.config import ConfigError
@@ -110,11 +110,8 @@ def _run(config: dict[str, Any], report: Report, repeats: int, seconds: float) -
                 if loader is None:
                     continue
                 with report.part(f"dataset.{split}"):
-                    rows = data.describe(split, loader.dataset, outputs, report)
-                    for row in rows:
-                        checks.check_batch(
-                            row, checks.labels_used(trainer.tasks, trainer.output_targets), trainer.max_num_elements
-                        )
+                    skip = trainer.denoising.on_bad_data == "skip"
+                    rows = data.describe(split, loader.dataset, outputs, skip=skip, report=report)
                     if split == "train":
                         for task in trainer.tasks.values():
                             data.describe_corruption(task, rows, trainer.draw_task.seed, report)
