@@ -221,8 +221,6 @@ class _Run:
             torch.manual_seed(0)
             if self.condition:
                 condition = self.model.embed(batch).float().cpu()
-                if self.tags is not None and torch.isin(batch.tags.cpu(), torch.tensor([*self.tags])).sum() < 2:
-                    condition.zero_()  # no part that SCD would embed
             # c of all atoms comes from the pass that the features come from; c of a part does not.
             if not returned or len(self.adapter.scalars(returned[-1])) != len(batch.pos):
                 self.model(batch)

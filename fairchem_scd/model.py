@@ -49,6 +49,13 @@ class DenoisingHydra(HydraModel):
             # Also of a backbone that came with a checkpoint to fine-tune from.
             keys = ("regress_forces", "otf_graph", "lmax_list")
             self.adapter.check({key: getattr(self.backbone, key) for key in keys if hasattr(self.backbone, key)})
+        if getattr(self.backbone, "use_pbc_single", False) and any(
+            getattr(task.settings, "parts", None) for task in tasks.values()
+        ):
+            raise ConfigError(
+                "model.backbone.use_pbc_single: with it the host cannot make the graphs of parts, which embed_tags and "
+                "denoise_tags ask for; set it to false"
+            )
         if any(getattr(task.settings, "null_condition", None) == "mask_token" for task in tasks.values()):
             logging.warning(
                 "null_condition: mask_token: the token stands in every pass, so plain models and trainers of the host "
@@ -94,8 +101,11 @@ class DenoisingHydra(HydraModel):
         name = next((name for name, modules in self.denoising.items() if "condition_head" in modules), None)
         if name is None:
             raise ConfigError("the model has no condition head: it was not trained with task.denoising.scd")
-        run = self._tasks[name].embedding(structures_of(data)).to(data.pos.device)
-        return self._run(data, run, self.denoising[name], None)[1]
+        structures = structures_of(data)
+        run = self._tasks[name].embedding(structures).to(data.pos.device)
+        made = self._run(data, run, self.denoising[name], None)[1]
+        # A pass over nothing is one over everything.
+        return made if self._tasks[name].embedded(structures).any() else torch.zeros_like(made)
 
     def _run(
         self, data: Any, run: Pass, modules: nn.ModuleDict, embedding: Tensor | None

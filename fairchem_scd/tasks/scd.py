@@ -107,7 +107,7 @@ class Scd(Task):
 
     def embedding(self, structures: Structures) -> Pass:
         """The pass that embeds structures as they are."""
-        part = _part(structures, self._embedded(structures))
+        part = _part(structures, self.embedded(structures))
         return Pass(
             structures.pos,
             part=part,
@@ -136,7 +136,7 @@ class Scd(Task):
         view = self._noise(structures, s.embed_tags, (std,), seed, step, purpose="clean view of ")
         return structures.pos + view.noise
 
-    def _embedded(self, structures: Structures) -> Tensor:
+    def embedded(self, structures: Structures) -> Tensor:
         """[N] bool: the atoms to embed. A part of one atom would be a graph without edges, which hosts cannot run."""
         chosen = _tagged(structures, self.settings.embed_tags)
         if self.settings.embed_tags is None:
@@ -148,7 +148,7 @@ class Scd(Task):
     def _told(self, structures: Structures, seed: int, step: int) -> Tensor:
         """[B] bool: structures that have an embedding and are told it."""
         told = torch.zeros(len(structures.natoms), dtype=torch.bool)
-        told[structures.batch[self._embedded(structures)]] = True
+        told[structures.batch[self.embedded(structures)]] = True
         if step != VALIDATION:
             drops = [stream(seed, step, f"condition of {name}").random() for name in structures.ids]
             told &= torch.tensor(drops) >= self.settings.condition_drop
