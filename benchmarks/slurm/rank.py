@@ -1,0 +1,57 @@
+"""One rank of a training: what each task of an `srun` calls, where the batch script is one's own (train.sbatch).
+
+    srun python rank.py --mode train --config-yml CONFIG [the options of fairchem's command]
+
+The host's command starts several ranks on one machine (`--num-gpus`) or hands itself to SLURM (`--submit`), but does
+not run as a task of a job. This does, over any number of nodes, on CPUs as well (`--cpu`). The number of ranks is the
+job's. It needs MASTER_ADDR and MASTER_PORT, where rank 0 can be reached.
+
+SIGUSR2 makes rank 0 store checkpoint.pt, after the last whole step, and ends it with status 75. The other ranks are
+left for `srun --kill-on-bad-exit=1` to end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+
+from fairchem.core._cli import Runner
+from fairchem.core.common.flags import flags
+from fairchem.core.common.utils import build_config
+
+STOPPED = 75  # EX_TEMPFAIL: come back later
+SIGNAL = signal.SIGUSR2  # NCCL may take USR1
+
+
+def main() -> None:
+    """Train as one of the job's ranks."""
+    runner = Runner()
+    signal.signal(SIGNAL, lambda *_: _stop(runner))
+    arguments, overrides = flags.get_parser().parse_known_args()
+    if arguments.submit or arguments.num_gpus * arguments.num_nodes > 1:
+        sys.exit(
+            "--submit, --num-gpus and --num-nodes are left to SLURM here: sbatch has --nodes and --ntasks-per-node"
+        )
+    config = build_config(arguments, overrides)
+    config["world_size"] = int(os.environ["SLURM_NTASKS"])
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    runner(config)
+
+
+def _stop(runner: Runner) -> None:
+    if os.environ["SLURM_PROCID"] != "0":
+        return
+    if hasattr(runner, "trainer"):  # else nothing is there to lose
+        runner.trainer.save(checkpoint_file="checkpoint.pt", training_state=True)
+    # The clean end is for the logger. It also waits for the other ranks, which wait for this one: not for long.
+    deadline = threading.Timer(20, os._exit, (STOPPED,))
+    deadline.daemon = True
+    deadline.start()
+    sys.exit(STOPPED)
+
+
+if __name__ == "__main__":
+    main()
