@@ -48,6 +48,8 @@ class ResumableMixin:
     ) -> None:
         super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
         self._whole_steps = self.step
+        if self.ema:
+            self.ema.collected_params = []
         scheduler = getattr(self, "scheduler", None)
         if inference_only or scheduler is None or scheduler.scheduler_type in ("Null", "ReduceLROnPlateau"):
             return
@@ -106,12 +108,13 @@ class ResumableMixin:
     def _averaging(self) -> Iterator[None]:
         """While entered, the moving average may stand in for the weights."""
         outer, self._averaged = self._averaged, True
-        if self.ema and not outer:
-            self.ema.collected_params = []  # of an earlier time
         try:
             yield
         finally:
             self._averaged = outer
+            if self.ema and not outer:
+                # The host keeps them, in memory and in checkpoints, and they would be taken for this time's the next.
+                self.ema.collected_params = []
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
         with self._averaging():
