@@ -16,10 +16,10 @@ import os
 import signal
 import sys
 import threading
+from typing import Any
 
-from fairchem.core._cli import Runner
 from fairchem.core.common.flags import flags
-from fairchem.core.common.utils import build_config
+from fairchem.core.common.utils import build_config, new_trainer_context, setup_logging
 
 STOPPED = 75  # EX_TEMPFAIL: come back later
 SIGNAL = signal.SIGUSR2  # NCCL may take USR1
@@ -27,25 +27,29 @@ SIGNAL = signal.SIGUSR2  # NCCL may take USR1
 
 def main() -> None:
     """Train as one of the job's ranks."""
-    runner = Runner()
-    signal.signal(SIGNAL, lambda *_: _stop(runner))
+    setup_logging()
+    training: list[Any] = []
+    signal.signal(SIGNAL, lambda *_: _stop(training))
     arguments, overrides = flags.get_parser().parse_known_args()
     if arguments.submit or arguments.num_gpus * arguments.num_nodes > 1:
-        sys.exit(
-            "--submit, --num-gpus and --num-nodes are left to SLURM here: sbatch has --nodes and --ntasks-per-node"
-        )
+        sys.exit("--submit, --num-gpus, --num-nodes: left to SLURM here; sbatch has --nodes and --ntasks-per-node")
     config = build_config(arguments, overrides)
     config["world_size"] = int(os.environ["SLURM_NTASKS"])
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    runner(config)
+    with new_trainer_context(config=config) as context:
+        context.task.setup(context.trainer)
+        # Not before: until its checkpoint is loaded, a trainer must not write over it.
+        training.append(context.trainer)
+        context.task.run()
 
 
-def _stop(runner: Runner) -> None:
+def _stop(training: list[Any]) -> None:
     if os.environ["SLURM_PROCID"] != "0":
         return
-    if hasattr(runner, "trainer"):  # else nothing is there to lose
-        runner.trainer.save(checkpoint_file="checkpoint.pt", training_state=True)
+    signal.signal(SIGNAL, signal.SIG_IGN)
+    for trainer in training:
+        trainer.save(checkpoint_file="checkpoint.pt", training_state=True)
     # The clean end is for the logger. It also waits for the other ranks, which wait for this one: not for long.
     deadline = threading.Timer(20, os._exit, (STOPPED,))
     deadline.daemon = True
