@@ -168,6 +168,8 @@ def _load_text(text: str, config: Path, out: Path) -> dict[str, Any]:
     except ConfigError as error:
         reason = str(error).replace(str(part), "the result")
         raise ConfigError(f"{config}: the task cannot be added to a file written like this ({reason})") from error
+    except OSError as error:
+        raise ConfigError(f"{out}: could not be written ({error.strerror}); nothing was changed") from error
     finally:
         part.unlink(missing_ok=True)
 

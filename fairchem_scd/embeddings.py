@@ -111,18 +111,12 @@ def load_model(checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"] | N
     """
     setup_imports()  # backbones and heads by name
     checkpoint = _with_model_block(checkpoint)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = build(checkpoint)
-    except FileNotFoundError as error:
+    if any(".force_embedding." in key for key in checkpoint["state_dict"]):
         raise ConfigError(
-            f"the checkpoint was fine-tuned from {error.filename}, and only that file says what its backbone is; put "
-            "it there, or take what `fairchem-scd export` wrote"
-        ) from error
-    except TypeError as error:
-        raise ConfigError(f"the model in the checkpoint's config cannot be built here ({error})") from error
+            "the checkpoint is of another DeNS code: `fairchem-scd import` makes it one of this package's first"
+        )
+    model = build(checkpoint)
     chosen = inference_weights(checkpoint, weights, model=model)
-    _check_weights(chosen, model.state_dict())
     model.load_state_dict(chosen)
     model.output_heads = nn.ModuleDict()  # only after the average, a list by position over all parameters, was read
     return model.requires_grad_(False).eval()
@@ -142,23 +136,6 @@ def _with_model_block(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     # Before fairchem 1.0: the name alone, and its arguments beside it.
     block = {"name": config["model"], **(config.get("model_attributes") or {})}
     return {**checkpoint, "config": {**config, "model": block}}
-
-
-def _check_weights(weights: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> None:
-    if any(".force_embedding." in key for key in weights):
-        raise ConfigError(
-            "the checkpoint is of another DeNS code: `fairchem-scd import` makes it one of this package's first"
-        )
-    problems = {
-        "missing": [key for key in fresh if key not in weights],
-        "not in that model": [key for key in weights if key not in fresh],
-        "of another shape": [k for k, value in weights.items() if k in fresh and value.shape != fresh[k].shape],
-    }
-    if any(problems.values()):
-        raise ConfigError(
-            "the checkpoint's weights are not those of the model in its config: "
-            + "; ".join(f"{len(keys)} {what}, such as {keys[0]}" for what, keys in problems.items() if keys)
-        )
 
 
 def _device(name: str | torch.device | None) -> torch.device:

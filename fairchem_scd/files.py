@@ -54,10 +54,24 @@ def whole_file(path: str | Path, *, force: bool = False) -> Iterator[Path]:
             os.fsync(written.fileno())
         part.chmod(0o666 & ~_umask())  # mkstemp's own is for the user alone
         part.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: could not be written ({error.strerror or error}); nothing was changed") from error
+    except Exception as error:
+        # Some libraries say of a full disk what they like.
+        if isinstance(error, OSError) or (not isinstance(error, ConfigError) and _is_full(path.parent)):
+            reason = getattr(error, "strerror", None) or f"the disk is full, or nearly: {error}"
+            raise ConfigError(f"{path}: could not be written ({reason}); nothing was changed") from error
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(2**20))
+            probe.flush()
+    except OSError:
+        return True
+    return False
 
 
 def _umask() -> int:

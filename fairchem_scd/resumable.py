@@ -30,12 +30,17 @@ _PATIENCE = 100
 
 
 class ResumableMixin:
-    """Put before a host trainer among the bases."""
+    """Put before a host trainer among the bases.
+
+    Attributes:
+        finite: whether the latest step's gradients were, and so changed the weights.
+    """
 
     def __init__(self, **config: Any) -> None:
         self._whole_steps = 0  # the last step whose update is complete
         self._not_finite: list[int] = []
         self._averaged = False
+        self.finite = True
         self._patience = _PATIENCE
         super().__init__(**config)
         # Stored with the config in every checkpoint.
@@ -141,11 +146,11 @@ class ResumableMixin:
         self.optimizer.register_step_pre_hook(self._keep_finite)
 
     def _backward(self, loss: Tensor) -> None:
-        self._finite = False
+        self.finite = False
         with _deferred_signals():  # so that a checkpoint never holds half an update
             super()._backward(loss)
             self._whole_steps = self.step
-        if not self._finite:
+        if not self.finite:
             self._after_spoilt_step()
 
     def _keep_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -157,7 +162,7 @@ class ResumableMixin:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms = torch._foreach_norm([p.grad for p in parameters]) if parameters and not self.scaler else ()
         if not norms or bool(torch.stack(norms).isfinite().all()):  # the norms that clip_grad_norm_ takes
-            self._finite, self._patience = True, _PATIENCE
+            self.finite, self._patience = True, _PATIENCE
             return
         for p in parameters:
             p.grad = None

@@ -99,14 +99,7 @@ def _values(schema: dict[str, Any]) -> str:
         for key in keys
         if key in schema
     ]
-    names = {
-        "number": "number",
-        "integer": "whole number",
-        "boolean": "`true`, `false`",
-        "string": "name",
-        "null": "`null`",
-    }
-    return " ".join([names[kind], ", ".join(bounds)]).strip()
+    return " ".join([_KINDS[kind], ", ".join(bounds)]).strip()
 
 
 if __name__ == "__main__":

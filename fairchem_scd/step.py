@@ -66,7 +66,8 @@ class Step:
                 noise_coefficient = 0.0  # a second force loss does not count the noise again
             else:
                 fn = info["fn"] if self._trains(target) else self._left_out(target, info["fn"], natoms, ranks)
-                fn = Noted(fn, info["coefficient"], parts, f"denoising_{target}_loss")
+                label = "force" if target == "forces" else target  # as DeNS has it
+                fn = Noted(fn, info["coefficient"], parts, f"denoising_{label}_loss")
             stand_ins.append((target, {"fn": fn, "coefficient": 1}))
         return stand_ins
 

@@ -203,9 +203,15 @@ class DenoisingMixin(ResumableMixin):
             logging.info(checkpoints.what_next(folder, pretrained=self.self_supervised))
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
+        with self.validating():
+            return super().validate(*args, **kwargs)
+
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """While entered, forward passes in eval mode are of validation, not prediction."""
         self._validating = True
         try:
-            return super().validate(*args, **kwargs)
+            yield
         finally:
             self._validating = False
 

@@ -158,6 +158,14 @@ def no_forces_head(config, folder):
     del config["model"]["heads"]["forces"]
 
 
+def no_such_metric(config, folder):
+    config["evaluation_metrics"] = {"primary_metric": "foo_mae", "metrics": {"energy": ["mae"]}}
+
+
+def infinite_rate(config, folder):
+    config["optim"].update(lr_initial=1e30, scheduler="Null")
+
+
 def no_training_data(config, folder):
     del config["dataset"]["train"]
 
@@ -172,6 +180,8 @@ def bad_checkpoint(config, folder):
         (other_trainer, (), "'equiformerv2_forces' is not this package's"),
         (no_such_backbone, (), "unknown 'equiformer_v3_backbone'"),
         (no_forces_head, (), "forces"),
+        (no_such_metric, (), "'foo_mae' is not among what validation gives"),
+        (infinite_rate, ("--repeats", "3"), "the loss is "),
         (no_training_data, (), "dataset.train: missing"),
         (bad_checkpoint, ("--checkpoint", "cut.pt"), "cut.pt: not a checkpoint"),
         (None, ("--gp-gpus", "2"), "--gp-gpus"),
@@ -186,6 +196,15 @@ def test_what_would_stop_a_run_is_a_problem(change, options, said, data, tmp_pat
         change(config, tmp_path)
     found = problems(check(write(tmp_path, config), *options, code=1))
     assert any(said in problem for problem in found), found
+
+
+def test_without_a_gpu_and_without_cpu_all_is_checked_on_the_cpu(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = write(tmp_path, tiny_config(data))
+    result = CliRunner().invoke(main, ["check", str(path), "--repeats", "1"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "without --cpu fairchem would not start on this machine" in result.output
+    assert "a step" in result.output
 
 
 def test_files_that_are_no_configs_are_refused(tmp_path):

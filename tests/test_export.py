@@ -13,9 +13,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from fairchem.core.common.relaxation.ase_utils import OCPCalculator
+from fairchem.core.common.utils import load_model_and_weights_from_checkpoint
 from fairchem.core.models.base import HydraModel
 
-from fairchem_scd import checkpoint
+from fairchem_scd import ConfigError, checkpoint
 from fairchem_scd.cli import main
 from fairchem_scd.data.emt_slabs import emt_slabs
 from tests.support import collate, make_trainer, slabs, tiny_config
@@ -271,6 +272,97 @@ def test_bad_files_end_in_one_line_and_write_nothing(runs, tmp_path, monkeypatch
     assert "No space left on device" in message
     assert (tmp_path / "plain.pt").read_bytes() == plain
     assert {path.name for path in tmp_path.iterdir()} == {"cut.pt", "text.pt", "other.pt", "plain.pt", "closed"}
+
+
+@pytest.mark.parametrize(("key", "same"), [("max_neighbors", True), ("max_radius", False), ("cutoff", False)])
+def test_overrides_of_fine_tuning_are_exported_where_an_argument_means_the_same(key, same, runs, data, rows, tmp_path):
+    """The host sets them on the finished backbone, where some do something else than the argument of that name."""
+    _, folder = runs["dens"]
+    start = tmp_path / "start.pt"
+    start.write_bytes((folder / "best_checkpoint.pt").read_bytes())
+    config = tiny_config(data)
+    tuning = {"starting_checkpoint": str(start), "override": {key: 5 if key == "max_neighbors" else 3.0}}
+    config["model"] = {"name": "hydra", "otf_graph": True, "pass_through_head_outputs": True, "finetune_config": tuning}
+    trainer, folder = trained(config, tmp_path / "run")
+    path = folder / "checkpoint.pt"
+    outputs = [trainer._unwrapped_model]
+    stored = checkpoint.read(path)
+    outputs.append(checkpoint.build(stored))  # which embed uses
+    outputs[1].load_state_dict(checkpoint.inference_weights(stored, "raw"))
+    if same:
+        run("export", path, tmp_path / "plain.pt", "--weights", "raw")
+        outputs.append(load_model_and_weights_from_checkpoint(str(tmp_path / "plain.pt")))
+    else:
+        message = run("export", path, tmp_path / "plain.pt", code=1)
+        assert f"model.finetune_config.override: {key}" in message
+    energies = []
+    for model in outputs:
+        model.eval()
+        torch.manual_seed(3)
+        energies.append(model(collate(rows[:2]))["energy"])
+    assert all(torch.equal(energy, energies[0]) for energy in energies)
+    start.unlink()
+    assert "fine-tuned from" in run("export", path, tmp_path / "gone.pt", code=1)
+
+
+def test_an_export_says_which_weights_it_holds(runs, tmp_path):
+    _, folder = runs["dens"]
+    for weights, other in (("raw", "ema"), ("ema", "raw")):
+        run("export", folder / "checkpoint.pt", tmp_path / f"{weights}.pt", "--weights", weights)
+        stored = checkpoint.read(tmp_path / f"{weights}.pt")
+        assert checkpoint.inference_weights(stored, weights)
+        with pytest.raises(ConfigError, match=f"--weights {other}"):
+            checkpoint.inference_weights(stored, other)
+
+
+@pytest.mark.parametrize("flags", [[], ["--weights", "raw"], ["--training-state"]])
+@pytest.mark.parametrize("damage", ["missing", "shape", "argument", "config", "weights"])
+def test_damaged_checkpoints_end_in_one_line(damage, flags, runs, tmp_path):
+    _, folder = runs["dens"]
+    stored = checkpoint.read(folder / "checkpoint.pt")
+    key = "backbone.sphere_embedding.weight"
+    if damage == "missing":
+        del stored["state_dict"][key]
+    elif damage == "shape":
+        stored["state_dict"][key] = stored["state_dict"][key][:3]
+    elif damage == "argument":
+        stored["config"]["model"]["backbone"]["colour"] = "red"
+    elif damage == "config":
+        stored["config"] = None
+    else:
+        stored["state_dict"] = list(stored["state_dict"])
+    torch.save(stored, tmp_path / "damaged.pt")
+    message = run("export", tmp_path / "damaged.pt", tmp_path / "out.pt", *flags, code=1)
+    assert message.count("Error: ") == 1
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_what_would_do_nothing_is_refused(runs, tmp_path):
+    _, folder = runs["dens"]
+    message = run("export", folder / "best_checkpoint.pt", tmp_path / "out.pt", "--training-state", code=2)
+    assert "checkpoint.pt of the same run has it" in message
+    same = folder / "best_checkpoint.pt"
+    before = same.read_bytes()
+    assert "OUT is CHECKPOINT itself" in run("export", same, same, "--force", code=2)
+    assert same.read_bytes() == before
+
+
+def test_a_full_disk_ends_in_one_line(runs, tmp_path):
+    """A limit on the size of files stands in for it, which libraries meet deep in their own code."""
+    _, folder = runs["dens"]
+    code = (
+        "import resource, sys; from fairchem_scd.cli import main; "
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, "export", str(folder / "checkpoint.pt"), str(tmp_path / "out.pt")],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_and_version_do_not_wait_for_the_host():

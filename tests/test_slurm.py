@@ -30,7 +30,7 @@ needs_slurm = pytest.mark.skipif(
 )
 
 EVERY, LAST = 5, 60  # a checkpoint every so many steps; the last step
-DAEMONS = ("munged", "slurmctld", "slurmd")
+DAEMONS = ("munged", "slurmctld", "slurmd.node1")
 
 
 def call(*words: Any, **variables: str) -> str:
@@ -62,11 +62,11 @@ def until(reached: Callable[[], Any], what: Callable[[], str], seconds: float = 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Path]:
-    """Folder of a SLURM that runs, for as long as the test does."""
+    """Folder of a SLURM of two nodes that runs for as long as the test does."""
     folder = tmp_path / "slurm"
     try:
         # A grace period that a busy machine needs; the job leaves as soon as it can.
-        assert call(CLUSTER, "start", folder, GRACE="120") == str(folder / "slurm.conf")
+        assert call(CLUSTER, "start", folder, NODES="2", CPUS="1", GRACE="120") == str(folder / "slurm.conf")
         yield folder
     finally:
         call(CLUSTER, "stop", folder)
@@ -168,7 +168,7 @@ def test_a_preempted_and_requeued_job_ends_where_an_uninterrupted_run_does(clust
     plain = ("--mode", "train", "--config-yml", config, "--num-gpus", 2, "--timestamp-id", "plain", *options)
     call("fairchem", *plain)
 
-    job = Job(cluster, tmp_path / "job.log", "--ntasks=2", SLURM / "train.sbatch", config, *options)
+    job = Job(cluster, tmp_path / "job.log", "--nodes=2", SLURM / "train.sbatch", config, *options)
     folder = tmp_path / "checkpoints" / f"slurm-{job.id}"
 
     # Preempted, by a job of a partition that goes first.
@@ -221,7 +221,7 @@ def test_a_cluster_stops_what_it_started_and_no_more(tmp_path):
     # An id that another process has by now.
     other = subprocess.Popen(["sleep", "1000"])
     try:
-        (folder / "slurmd.pid").write_text(str(other.pid))
+        (folder / "slurmd.node1.pid").write_text(str(other.pid))
         call(CLUSTER, "stop", folder)
         assert other.poll() is None
     finally:

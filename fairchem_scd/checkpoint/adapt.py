@@ -15,6 +15,7 @@ from fairchem_scd.checkpoint.source import (
     ADDED,
     Source,
     bare,
+    check_weights,
     has_mask_token,
     is_pretrained,
     model_config,
@@ -68,7 +69,8 @@ def adapt(
         )
     adapted = dict(checkpoint)
     weights, fresh = source_weights(checkpoint), model.state_dict()
-    _check_weights(weights, fresh)
+    theirs, ours = ({k: v for k, v in values.items() if not k.startswith(ADDED)} for values in (weights, fresh))
+    check_weights(theirs, ours, "the checkpoint is of another model than the config's")
     _check_null_condition("--checkpoint", weights, fresh)
     adapted["state_dict"] = {key: weights.get(key, value) for key, value in fresh.items()}
     added = sorted({".".join(key.split(".")[:2]) for key in fresh if key not in weights})
@@ -120,16 +122,4 @@ def _check_null_condition(key: str, weights: Mapping[str, Tensor], fresh: Mappin
         raise ConfigError(
             f"{key}: trained with task.denoising.scd.null_condition: identity, and this config says mask_token; the "
             "two forms read their weights in different ways, so make them agree"
-        )
-
-
-def _check_weights(weights: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> None:
-    missing = [key for key in fresh if key not in weights and not key.startswith(ADDED)]
-    unknown = [key for key in weights if key not in fresh and not key.startswith(ADDED)]
-    shapes = [key for key, value in weights.items() if key in fresh and value.shape != fresh[key].shape]
-    if missing or unknown or shapes:
-        problems = (("missing", missing), ("not in the model", unknown), ("of another shape", shapes))
-        raise ConfigError(
-            "the checkpoint is of another model than the config's: "
-            + "; ".join(f"{len(keys)} weights {what}, such as {keys[0]}" for what, keys in problems if keys)
         )

@@ -26,6 +26,8 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a checkpoint, or cut short ({error})") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "config"} <= set(checkpoint):
         raise ConfigError(f"{path}: not a fairchem checkpoint: it has no 'state_dict' and 'config'")
+    if not isinstance(checkpoint["state_dict"], dict) or not isinstance(checkpoint["config"], dict):
+        raise ConfigError(f"{path}: not a fairchem checkpoint: its 'state_dict' and 'config' are not mappings")
     return checkpoint
 
 

@@ -217,7 +217,7 @@ def _new_config(checkpoint: Mapping[str, Any], plain: bool) -> tuple[dict[str, A
         config = update_config(config)
     except (KeyError, NotImplementedError) as error:
         raise ConfigError(f"the checkpoint's config is in no form that fairchem knows ({error!r})") from error
-    model = whole(config["model"])
+    model, _ = whole(config["model"])
     adds_references = bool(model.pop("use_energy_lin_ref", False))
     trains_energy = model.pop("use_denoising_energy", True)
     block, dens = _esen(model, plain) or modernise(model)

@@ -13,6 +13,7 @@ from fairchem.core.models.base import HydraModel
 from fairchem_scd.backbones import HYDRA
 from fairchem_scd.checkpoint.source import (
     Source,
+    check_weights,
     has_mask_token,
     is_pretrained,
     model_config,
@@ -20,7 +21,7 @@ from fairchem_scd.checkpoint.source import (
     trainable,
     whole,
 )
-from fairchem_scd.checkpoint.weights import Weights, build, inference_weights
+from fairchem_scd.checkpoint.weights import MARK, OTHER_WEIGHTS, Weights, build, inference_weights, weights_held
 from fairchem_scd.config import ConfigError
 
 _TRAINING_STATE = ("ema", "optimizer", "scheduler", "epoch", "step", "best_val_metric", "primary_metric")
@@ -63,7 +64,8 @@ def export(
     state = {key: chosen.get(key, idle.get(key)) for key in plain.state_dict()}
     plain.load_state_dict(state)  # as the host will; strict
     exported = {key: value for key, value in checkpoint.items() if key not in _TRAINING_STATE}
-    return {**exported, "state_dict": state, "config": config, "amp": None}
+    held = weights or ("ema" if "ema" in weights_held(checkpoint) else "raw")
+    return {**exported, "state_dict": state, "config": config, "amp": None, MARK: held}
 
 
 def to_plain(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,6 +82,7 @@ def to_plain(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             "a checkpoint of pre-training has no heads and predicts nothing; name it under "
             "model.finetune_config.starting_checkpoint and fine-tune"
         )
+    check_weights(source_weights(checkpoint), build(checkpoint).state_dict(), OTHER_WEIGHTS)
     config = _plain_config(checkpoint)
     if checkpoint["config"]["model"].get("legacy_weight_decay"):
         logging.warning("the plain hydra chooses by another rule which parameters to decay than this run did")
@@ -113,7 +116,13 @@ def _check_exportable(checkpoint: Mapping[str, Any]) -> None:
 def _plain_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The config with the host's own model, whole: no starting checkpoint is needed to build it."""
     config = copy.deepcopy(dict(checkpoint["config"]))
-    block = whole(config["model"])
+    block, overrides = whole(config["model"])
+    if overrides:
+        raise ConfigError(
+            f"model.finetune_config.override: {', '.join(overrides)}: fairchem sets these on the finished backbone, "
+            "which does something else than arguments of these names; a plain config cannot say so. Where this package "
+            "is installed the checkpoint works as it is"
+        )
     for key in ("denoising", "legacy_weight_decay"):
         block.pop(key, None)
     task = {key: value for key, value in (config.get("task") or {}).items() if key != "denoising"}

@@ -135,15 +135,53 @@ def model_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return model if isinstance(model, dict) else {"name": model}
 
 
-def whole(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model block with the backbone and heads that fine-tuning takes from its starting checkpoint."""
+# What the host sets as attributes on a finished backbone, and its constructor would have set to no other effect.
+_PLAIN_OVERRIDES = {"max_neighbors", "use_pbc", "use_pbc_single", "otf_graph", "enforce_max_neighbors_strictly"}
+_PLAIN_OVERRIDES |= {"regress_forces", "direct_forces", "activation_checkpoint"}
+
+
+def whole(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A model block with the backbone and heads that fine-tuning takes from its starting checkpoint.
+
+    Returns:
+        The block, and the overrides of `finetune_config` that are not the same as arguments of the backbone.
+
+    Raises:
+        ConfigError: the starting checkpoint is not there.
+    """
     model = dict(model)
     tuning = model.pop("finetune_config", None)
     if tuning is None:
-        return model
-    start = whole(model_config(read(tuning["starting_checkpoint"])))
-    start["backbone"] = {**start["backbone"], **tuning.get("override", {})}
-    return {**model, **{key: start[key] for key in ("backbone", "heads") if model.get(key) is None}}
+        return model, {}
+    try:
+        start, others = whole(model_config(read(tuning["starting_checkpoint"])))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"the checkpoint was fine-tuned from {error.filename}, and only that file says what its backbone is; put "
+            "it there, or take what `fairchem-scd export` wrote"
+        ) from error
+    if model.get("backbone") is not None:
+        others = {}
+    for key, value in (tuning.get("override") or {}).items():
+        if key in _PLAIN_OVERRIDES:
+            start["backbone"] = {**start["backbone"], key: value}
+        else:
+            others = {**others, key: value}
+    return {**model, **{key: start[key] for key in ("backbone", "heads") if model.get(key) is None}}, others
+
+
+def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Raise ConfigError, which begins with `what`, unless weights have the names and shapes of a model's."""
+    problems = {
+        "missing": [key for key in expected if key not in weights],
+        "not in the model": [key for key in weights if key not in expected],
+        "of another shape": [k for k, value in weights.items() if k in expected and value.shape != expected[k].shape],
+    }
+    if any(problems.values()):
+        raise ConfigError(
+            f"{what}: "
+            + "; ".join(f"{len(keys)} weights {how}, such as {keys[0]}" for how, keys in problems.items() if keys)
+        )
 
 
 def has_mask_token(keys: Iterable[str]) -> bool:

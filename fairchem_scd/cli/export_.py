@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 
@@ -37,6 +39,8 @@ def command(
 
     if training_state and (weights or backbone_only):
         raise click.UsageError("--training-state keeps all weights and heads; leave --weights and --backbone-only out")
+    if Path(out).exists() and Path(checkpoint).exists() and Path(out).samefile(checkpoint):
+        raise click.UsageError("OUT is CHECKPOINT itself; name another file")
     check_output(out, force=force)
     click.echo(f"Reading {checkpoint}", err=True)
     import torch
@@ -44,6 +48,8 @@ def command(
     from fairchem_scd.checkpoint import export, read, to_plain
 
     source = read(checkpoint)
+    if training_state and "optimizer" not in source:
+        raise click.UsageError(f"--training-state: {checkpoint} has none; checkpoint.pt of the same run has it")
     plain = to_plain(source) if training_state else export(source, weights=weights, backbone_only=backbone_only)
     with whole_file(out, force=force) as part:
         torch.save(plain, part)

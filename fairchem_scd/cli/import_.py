@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 
-@click.command("import")
+@click.command("import", short_help="Make checkpoints of other DeNS codes this package's, or plain.")
 @click.argument("checkpoint", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option("--plain", is_flag=True, help="Make it fairchem's own model, which needs this package no more.")

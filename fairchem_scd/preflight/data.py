@@ -96,7 +96,7 @@ def describe_corruption(task: Task, rows: list[Any], seed: int, report: Report) 
     if np.isfinite(typical):
         report.say(
             "",
-            f"that is {100 * mean / typical:.0f} % of the distance to the nearest neighbour (median {typical:.3g} Å, "
+            f"that is {100 * mean / typical:.2g} % of the distance to the nearest neighbour (median {typical:.3g} Å, "
             f"least {float(nearest.min()):.3g} Å)",
         )
         if mean > _FAR * typical:

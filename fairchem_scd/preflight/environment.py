@@ -17,12 +17,12 @@ from fairchem_scd.config import ConfigError
 from fairchem_scd.preflight.report import Report
 
 
-def check_device(config: Mapping[str, Any], report: Report) -> torch.device:
+def check_device(config: Mapping[str, Any], report: Report) -> None:
     """The device a run would have, and whether torch_scatter runs on it."""
     if not config["cpu"] and not torch.cuda.is_available():
         report.caution(
-            "no CUDA device is visible here: training would run on the CPU. Where the job will have one, check on such "
-            "a machine; where a CPU is meant, say --cpu"
+            "no CUDA device is visible here, and without --cpu fairchem would not start on this machine. What is said "
+            "here was tried on the CPU: time and memory are the CPU's. Check on a machine like the job's, too"
         )
     device = torch.device("cpu" if config["cpu"] or not torch.cuda.is_available() else "cuda")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -30,7 +30,6 @@ def check_device(config: Mapping[str, Any], report: Report) -> torch.device:
     with report.part("torch_scatter"):
         _try_scatter(device)
         report.say("", f"torch_scatter works on {device.type}")
-    return device
 
 
 def _try_scatter(device: torch.device) -> None:

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 
 from fairchem_scd.config import ConfigError, DataError
 
@@ -34,7 +35,7 @@ class Report:
         """Note what keeps the config from training, once."""
         if text not in self.problems:
             self.problems.append(text)
-            self._write(f"{'':<12}PROBLEM {len(self.problems)}")
+            self._write(f"{'':<12}PROBLEM {len(self.problems)}: {shorten(text, 90)}")
 
     def caution(self, text: str) -> None:
         """Note what a user should know."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from fairchem.core.common import distutils, gp_utils
 from fairchem.core.common.flags import flags
 from fairchem.core.common.registry import registry
@@ -16,6 +17,7 @@ from fairchem_scd import pretraining
 from fairchem_scd.backbones import modernise
 from fairchem_scd.compat import denoising_block
 from fairchem_scd.config import ConfigError
+from fairchem_scd.data.split import read_config
 from fairchem_scd.preflight import data, environment, steps
 from fairchem_scd.preflight.report import Report
 from fairchem_scd.tasks import build_tasks
@@ -57,8 +59,10 @@ def load(path: str | Path, options: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file, it is not a mapping, or an option is not known.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such file")
+    try:
+        read_config(path)  # for its words where something is wrong with it
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.filename}: no such file") from error
     try:
         known, overrides = flags.get_parser().parse_known_args(["--mode", "train", "--config-yml", str(path), *options])
     except SystemExit as error:  # argparse has said why
@@ -96,6 +100,7 @@ def _run(config: dict[str, Any], report: Report, repeats: int, seconds: float) -
     config = copy.deepcopy(config)
     # In this process alone, and without a folder of the run's own.
     config.update(is_debug=True, world_size=1, submit=False, summit=False)
+    config["cpu"] = config["cpu"] or not torch.cuda.is_available()
     config["distributed_backend"] = "gloo" if config["cpu"] else config["distributed_backend"]
     distutils.setup_env_local()
     try:
@@ -119,6 +124,9 @@ def _run(config: dict[str, Any], report: Report, repeats: int, seconds: float) -
                 report.caution("dataset.val: none, so no best_checkpoint.pt will be written")
             steps.describe_model(trainer, report)
             steps.try_steps(trainer, report, repeats=repeats, seconds=seconds)
+            if not report.problems:
+                with report.part("validation"):
+                    steps.try_validation(trainer, report)
     finally:
         if gp_utils.initialized():
             gp_utils.cleanup_gp()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import statistics
 import time
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from fairchem.core.common import distutils
 
+from fairchem_scd.config import ConfigError
 from fairchem_scd.preflight.report import Report
 from fairchem_scd.tasks import Task
 
@@ -70,7 +70,8 @@ def try_steps(trainer: Any, report: Report, *, repeats: int, seconds: float) -> 
             return  # a kind of step does not work
     times = {name: statistics.median(values) for name, values in taken.items() if values}
     if times:
-        _say_costs(trainer, times, memory, len(batch.natoms), report)
+        rounds = min(len(values) for values in taken.values())
+        _say_costs(trainer, times, memory, len(batch.natoms), rounds, report)
 
 
 def _step(trainer: Any, batch: Any, name: str, task: Task | None, report: Report) -> tuple[float, int]:
@@ -87,12 +88,14 @@ def _step(trainer: Any, batch: Any, name: str, task: Task | None, report: Report
         out = trainer._forward(batch)
         loss = trainer._compute_loss(out, batch)
     trainer._compute_metrics(out, batch, trainer.evaluator, {})
-    if not math.isfinite(float(loss)):
-        report.problem(f"the loss of a step of kind '{name}' is {float(loss)}")
     trainer._backward(trainer.scaler.scale(loss) if trainer.scaler else loss)
     if on_gpu:
         torch.cuda.synchronize()
     took = time.perf_counter() - start
+    if not trainer.finite and not trainer.scaler:  # a scaler's first steps are often too large
+        raise ConfigError(f"the loss is {float(loss):g}, or its gradients are not finite")
+    if not trainer.finite:
+        return took, torch.cuda.max_memory_allocated()
     without = [n for n, p in trainer._unwrapped_model.named_parameters() if p.requires_grad and p.grad is None]
     if without:
         report.problem(
@@ -102,13 +105,35 @@ def _step(trainer: Any, batch: Any, name: str, task: Task | None, report: Report
     return took, torch.cuda.max_memory_allocated() if on_gpu else 0
 
 
-def _say_costs(trainer: Any, times: dict[str, float], memory: dict[str, int], size: int, report: Report) -> None:
+def try_validation(trainer: Any, report: Report) -> None:
+    """Validate on one batch, and see that there is what the best checkpoint is chosen by."""
+    if trainer.val_loader is None:
+        return
+    batch, metrics = next(iter(trainer.val_loader)), {}
+    trainer.model.eval()
+    with trainer.validating():
+        with torch.autocast("cuda", enabled=trainer.scaler is not None):
+            out = trainer._forward(batch)
+        trainer._compute_loss(out, batch)
+        metrics = trainer._compute_metrics(out, batch, trainer.evaluator, {})
+    primary = trainer.evaluation_metrics.get("primary_metric")
+    if primary not in metrics:
+        report.problem(
+            f"evaluation_metrics.primary_metric: '{primary}' is not among what validation gives: "
+            f"{', '.join(sorted(metrics))}"
+        )
+    report.say("validation", f"works, with batches of {len(batch.natoms)}; the best checkpoint follows {primary}")
+
+
+def _say_costs(
+    trainer: Any, times: dict[str, float], memory: dict[str, int], size: int, rounds: int, report: Report
+) -> None:
     plain = times.get("ordinary")
     costs = [
         f"{name} {seconds:.3g} s" + (f" ({seconds / plain:.2f} x)" if plain and name != "ordinary" else "")
         for name, seconds in times.items()
     ]
-    report.say("a step", f"{', '.join(costs)}; batch of {size}")
+    report.say("a step", f"{', '.join(costs)}; batch of {size}; roughly, in {rounds} rounds")
     shares = {name: trainer.tasks[name].settings.prob for name in times if name != "ordinary"}
     mean = sum(share * times[name] for name, share in shares.items())
     mean += max(0.0, 1 - sum(shares.values())) * (plain or 0.0)
@@ -117,7 +142,11 @@ def _say_costs(trainer: Any, times: dict[str, float], memory: dict[str, int], si
             "", f"on average over the run {mean / plain:.2f} x an ordinary step, which costs what plain training does"
         )
     steps = len(trainer.train_loader)
-    report.say("an epoch", f"{steps} steps, {_duration(steps * mean)} on {trainer.device.type} with one rank")
+    report.say(
+        "an epoch",
+        f"{steps} step{'s' * (steps != 1)}, {_duration(steps * mean)} on {trainer.device.type} with one rank, without "
+        "reading data and validation",
+    )
     if trainer.device.type == "cuda":
         report.say("memory", ", ".join(f"{name} {peak / 2**30:.2f} GiB" for name, peak in memory.items()) + " at most")
     else:
@@ -129,4 +158,4 @@ def _duration(seconds: float) -> str:
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"about {seconds / length:.1f} {unit}"
-    return f"about {seconds:.0f} seconds"
+    return f"about {seconds:.2g} seconds"

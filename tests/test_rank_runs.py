@@ -1,0 +1,128 @@
+"""Whole runs on several gloo ranks: as one process on the same global batches, and all together where data is bad."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from fairchem_scd.config import DataError
+from tests.support import edge_frames_without_chance, make_trainer, tiny_config
+from tests.test_pretraining import pretraining
+
+CASES = {
+    "dens": {"dens": {"prob": 0.5}},
+    "scd": {"scd": {"noise_scale": "running", "prob": 0.75}},
+    "pre-training": {"scd": {"noise_scale": "running"}},
+    "noisy nodes": {"noisy_nodes": {"coefficient": 5}},
+    "both": {"dens": {"prob": 0.5}, "scd": {"condition": ["self", "forces"]}},
+}
+BAD = 5
+
+
+class Spoilt:
+    """A dataset one row of which cannot be read, as a broken file's."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if index == BAD:
+            raise EOFError("ran out of input")
+        return self.dataset[index]
+
+
+def config_of(data: Path, case: str, ranks: int) -> dict[str, Any]:
+    """Four steps of four structures, by plain gradient descent: AdamW makes much of the smallest differences."""
+    config = (pretraining if case == "pre-training" else tiny_config)(data, denoising=CASES[case])
+    config["model"]["backbone"].update(lmax_list=[1], mmax_list=[1])
+    optim = config["optim"]
+    optim.update(batch_size=4 // ranks, eval_batch_size=1, max_epochs=2, optimizer="SGD", optimizer_params={})
+    optim.update(lr_initial=1e-4, ema_decay=None, load_balancing="atoms")
+    return config
+
+
+def rank_main(rank: int, ranks: int, folder: Path, data: Path, cases: dict[str, str | None]) -> None:
+    """Train each case; the setting of `on_bad_data` goes with a broken row."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+    results = {}
+    for case, on_bad_data in cases.items():
+        config = config_of(data, case, ranks)
+        if on_bad_data is not None:
+            config["task"]["denoising"] = {**config["task"]["denoising"], "on_bad_data": on_bad_data}
+        with edge_frames_without_chance():
+            trainer = make_trainer(config, folder / case.replace(" ", "_"))
+            if on_bad_data is not None:
+                trainer.train_loader.dataset.dataset = Spoilt(trainer.train_loader.dataset.dataset)
+            error = None
+            try:
+                trainer.train(disable_eval_tqdm=True)
+            except DataError as raised:
+                error = str(raised)
+        state = {key: value.clone() for key, value in trainer._unwrapped_model.state_dict().items()}
+        results[case] = {"state": state, "error": error, "step": trainer.step, "bad": trainer._bad_rows}
+    torch.save(results, folder / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def run(ranks: int, folder: Path, data: Path, cases: dict[str, str | None]) -> list[dict[str, Any]]:
+    folder.mkdir()
+    logging.disable(logging.WARNING)
+    try:
+        mp.start_processes(rank_main, (ranks, folder, data, cases), nprocs=ranks, start_method="fork")
+    finally:
+        logging.disable(logging.NOTSET)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    return run(1, tmp_path_factory.mktemp("alone") / "run", data, dict.fromkeys(CASES))[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_end_where_one_process_does(ranks, alone, data, tmp_path):
+    """Weights after steps on the same global batches; the running noise scale, to the last bit on all ranks."""
+    results = run(ranks, tmp_path / "run", data, dict.fromkeys(CASES))
+    for case in CASES:
+        expected, first = alone[case]["state"], results[0][case]["state"]
+        assert alone[case]["step"] == results[0][case]["step"] == 4
+        start = make_trainer(config_of(data, case, 1), tmp_path / "start", identifier=f"{case} start")
+        moved = 0.0
+        for key, value in expected.items():
+            for other in results[1:]:
+                assert torch.equal(other[case]["state"][key], first[key]), f"{case}: {key} differs between ranks"
+            if value.is_floating_point():
+                change = (value - start._unwrapped_model.state_dict()[key]).abs().max()
+                moved = max(moved, float(change))
+                assert (first[key] - value).abs().max() <= 1e-3 * change + 1e-6, f"{case}: {key}"
+        assert moved > 1e-4, f"{case}: nothing was trained"
+
+
+def test_a_bad_row_on_one_rank_stops_all_of_them_before_the_weights_are_touched(alone, data, tmp_path):
+    results = run(2, tmp_path / "run", data, {"scd": "stop"})
+    for result in results:
+        assert "EOFError: ran out of input" in result["scd"]["error"]
+        assert "dataset.train, row " in result["scd"]["error"]
+        assert result["scd"]["step"] == results[0]["scd"]["step"] <= 2
+    for key, value in results[0]["scd"]["state"].items():
+        assert torch.equal(results[1]["scd"]["state"][key], value), key
+        assert torch.isfinite(value).all()
+
+
+def test_a_bad_row_on_one_rank_is_left_out_and_counted(data, tmp_path):
+    results = run(2, tmp_path / "run", data, {"scd": "skip", "dens": "skip"})
+    for case in ("scd", "dens"):
+        assert [result[case]["error"] for result in results] == [None, None]
+        assert sum(result[case]["bad"] for result in results) == 2  # epochs
+        assert results[0][case]["step"] == 4
