@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from fairchem.core.common import distutils
+from tqdm import tqdm
 
 from fairchem_scd.config import ConfigError
 from fairchem_scd.preflight.report import Report
@@ -57,7 +58,7 @@ def try_steps(trainer: Any, report: Report, *, repeats: int, seconds: float) -> 
     batch, start = next(iter(trainer.train_loader)), time.monotonic()
     taken: dict[str, list[float]] = {name: [] for name in kinds}
     memory: dict[str, int] = {}
-    for turn in range(1 + repeats):
+    for turn in tqdm(range(1 + repeats), desc="rounds of steps", leave=False):
         if turn > 1 and time.monotonic() - start > seconds:
             break
         for name, task in kinds.items():
