@@ -106,7 +106,7 @@ def test_ranks_end_where_one_process_does(ranks, alone, data, tmp_path):
                 change = (value - start._unwrapped_model.state_dict()[key]).abs().max()
                 moved = max(moved, float(change))
                 assert (first[key] - value).abs().max() <= 1e-3 * change + 1e-6, f"{case}: {key}"
-        assert moved > 1e-4, f"{case}: nothing was trained"
+        assert moved > 1e-5, f"{case}: nothing was trained"
 
 
 def test_a_bad_row_on_one_rank_stops_all_of_them_before_the_weights_are_touched(alone, data, tmp_path):

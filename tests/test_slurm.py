@@ -11,14 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 import yaml
+from submitit.slurm.slurm import _make_sbatch_string
 
-from tests.support import tiny_config
+from tests.support import host_config, make_trainer, tiny_config
 
 ROOT = Path(__file__).parent.parent
 SLURM = ROOT / "benchmarks" / "slurm"
@@ -29,7 +32,7 @@ needs_slurm = pytest.mark.skipif(
     bool(MISSING), reason=f"no {', '.join(MISSING)}: apt-get install slurmctld slurmd slurm-client munge"
 )
 
-EVERY, LAST = 5, 60  # a checkpoint every so many steps; the last step
+EVERY, LAST = 5, 80  # a checkpoint every so many steps; the last step
 DAEMONS = ("munged", "slurmctld", "slurmd.node1")
 
 
@@ -121,6 +124,18 @@ class Job:
     def end(self) -> str:
         return f"{self.slurm('scontrol', 'show', 'job', self.id)}\n{self.text()[-3000:]}"
 
+    def process(self, rank: int) -> int:
+        """The id of a rank's process."""
+        wanted = {f"SLURM_JOB_ID={self.id}", f"SLURM_PROCID={rank}", f"SLURM_CONF={self.cluster / 'slurm.conf'}"}
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # of another user, or gone
+                command = (path / "cmdline").read_text().split("\0")
+                variables = set((path / "environ").read_text().split("\0"))
+                if str(SLURM.relative_to(ROOT) / "rank.py") in command and wanted <= variables:
+                    found.append(int(path.name))
+        return min(found)  # the others are its loader's workers
+
     def wait_until_requeued(self) -> None:
         self.wait(lambda: self.says("JobState") == "PENDING")
 
@@ -160,44 +175,62 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-@needs_slurm
-def test_a_preempted_and_requeued_job_ends_where_an_uninterrupted_run_does(cluster, tmp_path):
-    """Once it is told beforehand, and stores the step it is at; once it is killed, and goes back to a checkpoint."""
-    config = write_config(tmp_path)
-    options = ("--cpu", "--run-dir", tmp_path, "--print-every", 1)
-    plain = ("--mode", "train", "--config-yml", config, "--num-gpus", 2, "--timestamp-id", "plain", *options)
-    call("fairchem", *plain)
+def rank_main(rank: int, config: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    make_trainer(host_config(config), folder, identifier="plain").train(disable_eval_tqdm=True)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
+
+def uninterrupted(config: Path, folder: Path) -> dict[str, Any]:
+    """Where the run ends on two ranks without SLURM."""
+    folder.mkdir()
+    mp.start_processes(rank_main, (config, folder), nprocs=2, start_method="fork")
+    (run,) = (folder / "checkpoints").iterdir()
+    return checkpoint(run)
+
+
+@needs_slurm
+@pytest.mark.parametrize(
+    "events", [["preempted"], pytest.param(["killed", "preempted", "requeued"], marks=pytest.mark.slow)], ids="-".join
+)
+def test_a_job_that_is_interrupted_ends_where_an_uninterrupted_run_does(events, cluster, tmp_path):
+    """Killed without notice it goes back to a checkpoint; preempted or requeued, it stores the step it is at."""
+    config = write_config(tmp_path)
+    once = uninterrupted(config, tmp_path / "plain")
+    options = ("--cpu", "--run-dir", tmp_path, "--print-every", 1)
     job = Job(cluster, tmp_path / "job.log", "--nodes=2", SLURM / "train.sbatch", config, *options)
     folder = tmp_path / "checkpoints" / f"slurm-{job.id}"
 
-    # Preempted, by a job of a partition that goes first.
-    job.wait(lambda: len(job.steps(0)) > 2)
-    Job(cluster, tmp_path / "other.log", "--partition=high", "--ntasks=1", "--wrap", "sleep 1")
-    job.wait_until_requeued()
-    assert "told to make way" in job.starts()[0]
-    stored = checkpoint(folder)["step"]
-    done = job.steps(0)[-1]
-    assert done <= stored <= done + 1  # a step's line comes after it
-    assert stored < LAST
-    job.start_again()
-
-    # Killed.
-    wanted = (stored // EVERY + 1) * EVERY + 2
-    job.wait(lambda: wanted in job.steps(1))
-    job.slurm("scontrol", "requeue", job.id)
-    job.wait_until_requeued()
-    assert job.steps(1)[0] == stored + 1
-    assert "told to make way" not in job.starts()[1]
-    older = checkpoint(folder)["step"]
-    assert older % EVERY == 0
-    assert wanted - EVERY < older < LAST
-    job.start_again()
+    stored = 0
+    for start, event in enumerate(events):
+        job.wait(lambda start=start: len(job.steps(start)) > EVERY + 1)
+        assert job.steps(start)[0] == stored + 1
+        if event == "killed":  # a rank dies: the job is over at once, and says so
+            os.kill(job.process(rank=0), signal.SIGKILL)
+            until(lambda: job.says("JobState") == "FAILED", job.end, seconds=60)
+            job.slurm("scontrol", "requeue", job.id)
+        elif event == "preempted":  # by a job of a partition that goes first
+            Job(cluster, tmp_path / "other.log", "--partition=high", "--ntasks=1", "--wrap", "sleep 1")
+            job.wait_until_requeued()
+        else:  # by hand: SLURM sends SIGTERM, and soon after SIGKILL
+            job.slurm("scontrol", "requeue", job.id)
+            job.wait_until_requeued()
+        assert ("told to make way" in job.starts()[start]) == (event == "preempted")
+        stored, done = checkpoint(folder)["step"], job.steps(start)[-1]
+        assert stored < LAST
+        if event == "killed":
+            assert stored % EVERY == 0
+            assert done - EVERY < stored
+        else:
+            assert 0 <= stored - done <= 1  # a step's line comes after it
+        job.start_again()
 
     job.wait(lambda: job.says("JobState") == "COMPLETED")
-    assert (job.says("Restarts"), job.says("ExitCode")) == ("2", "0:0")
-    assert job.steps(2) == list(range(older + 1, LAST + 1))
-    once, interrupted = checkpoint(tmp_path / "checkpoints" / "plain"), checkpoint(folder)
+    assert (job.says("Restarts"), job.says("ExitCode")) == (str(len(events)), "0:0")
+    assert job.steps(len(events)) == list(range(stored + 1, LAST + 1))
+    interrupted = checkpoint(folder)
     assert interrupted["step"] == LAST
     for key in ("step", "state_dict", "ema", "optimizer", "scheduler", "best_val_metric"):
         same(once[key], interrupted[key], key)
@@ -227,6 +260,33 @@ def test_a_cluster_stops_what_it_started_and_no_more(tmp_path):
     finally:
         other.send_signal(signal.SIGKILL)
         other.wait()
+
+
+@needs_slurm
+def test_sbatch_takes_the_slurm_block_of_the_example(tmp_path):
+    """The job that `--submit` would submit, as its header says, up to where it would be queued."""
+    config = host_config(ROOT / "configs" / "slurm.yml")
+    text = _make_sbatch_string(
+        command="true",
+        folder=tmp_path / "%j",
+        nodes=2,
+        ntasks_per_node=8,
+        gpus_per_node=8,
+        cpus_per_task=config["optim"]["num_workers"] + 1,
+        time=60,
+        mem="80GB",
+        additional_parameters=config["slurm"],
+    )
+    for line in ("--requeue", "--exclusive", "--mem=0", "--signal=USR2@300"):
+        assert f"#SBATCH {line}\n" in text
+    script = tmp_path / "job.sh"
+    script.write_text(text)
+    folder = tmp_path / "slurm"
+    try:
+        conf = call(CLUSTER, "start", folder, NODES="2", CPUS="80", GPUS="8")
+        call("sbatch", "--test-only", script, SLURM_CONF=conf)
+    finally:
+        call(CLUSTER, "stop", folder)
 
 
 def test_a_cluster_says_which_packages_it_needs(tmp_path):

@@ -6,8 +6,8 @@ The host's command starts several ranks on one machine (`--num-gpus`) or hands i
 not run as a task of a job. This does, over any number of nodes, on CPUs as well (`--cpu`). The number of ranks is the
 job's. It needs MASTER_ADDR and MASTER_PORT, where rank 0 can be reached.
 
-SIGUSR2 makes rank 0 store checkpoint.pt, after the last whole step, and ends it with status 75. The other ranks are
-left for `srun --kill-on-bad-exit=1` to end.
+SIGUSR2 or SIGTERM makes rank 0 store checkpoint.pt, of the state after the last whole step, and end with status 75. The
+other ranks go on, as rank 0 may need them to get that far; `srun --kill-on-bad-exit=1` ends them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from fairchem.core.common.flags import flags
 from fairchem.core.common.utils import build_config, new_trainer_context, setup_logging
 
 STOPPED = 75  # EX_TEMPFAIL: come back later
-SIGNAL = signal.SIGUSR2  # NCCL may take USR1
+SIGNALS = signal.SIGUSR2, signal.SIGTERM  # NCCL may take USR1
 
 
 def main() -> None:
     """Train as one of the job's ranks."""
     setup_logging()
     training: list[Any] = []
-    signal.signal(SIGNAL, lambda *_: _stop(training))
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: _stop(training))
     arguments, overrides = flags.get_parser().parse_known_args()
     if arguments.submit or arguments.num_gpus * arguments.num_nodes > 1:
         sys.exit("--submit, --num-gpus, --num-nodes: left to SLURM here; sbatch has --nodes and --ntasks-per-node")
@@ -47,7 +48,8 @@ def main() -> None:
 def _stop(training: list[Any]) -> None:
     if os.environ["SLURM_PROCID"] != "0":
         return
-    signal.signal(SIGNAL, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     for trainer in training:
         trainer.save(checkpoint_file="checkpoint.pt", training_state=True)
     # The clean end is for the logger. It also waits for the other ranks, which wait for this one: not for long.
