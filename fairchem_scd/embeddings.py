@@ -163,7 +163,7 @@ class _Run:
     ) -> None:
         self.model, self.device, self.condition, self.tags = model, device, condition, tags
         self.adapter: Adapter = adapter_for(model.backbone)
-        self.elements = getattr(model.backbone, "max_num_elements", None)
+        self.elements = self.adapter.max_num_elements
         # A graph for each structure by itself: in one of several, max_neighbors chooses otherwise among neighbours at
         # equal distances. What the host takes structures out of for that is not a batch of parts.
         model.backbone.use_pbc_single = tags is None

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from fairchem.core.common.registry import registry
-from fairchem.core.models.base import HydraModel
+from fairchem.core.models.base import GraphModelMixin, HydraModel
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
@@ -89,7 +89,7 @@ class DenoisingHydra(HydraModel):
             embedding = embedding if latest is None else latest
         unused: list[nn.Module] = [module for name, module in self.denoising.items() if name != plan.task]
         if not any(run.outputs for run in plan.passes):
-            unused.append(self.output_heads)
+            unused += [self.output_heads, *self.adapter.readout()]
         return self._tied(out, unused)
 
     def embed(self, data: Any) -> Tensor:
@@ -119,6 +119,7 @@ class DenoisingHydra(HydraModel):
         with (
             self.adapter.in_pass(given, heads),
             self._encoded(run, modules),
+            nullcontext() if run.outputs else self.adapter.energy_free(),
             _returned_by(self.backbone) as embeddings,
         ):
             # Heads before any other pass starts: the host's read state that the backbone keeps of its latest pass.
@@ -209,7 +210,7 @@ def undecayed(model: HydraModel, *, legacy: bool, self_supervised: bool) -> set[
     names: set[str] = set()
     if legacy or self_supervised:
         # The rule looks at module types and works on any module tree.
-        names |= set(type(model.backbone).no_weight_decay(model))
+        names |= set(getattr(type(model.backbone), "no_weight_decay", GraphModelMixin.no_weight_decay)(model))
     if not legacy:
         names |= set(HydraModel.no_weight_decay(model))
     for prefix, module in model.named_modules():
@@ -233,7 +234,7 @@ def _view(data: Any, run: Pass) -> Any:
     """The batch as a pass sees it."""
     if run.part is None:
         view = copy.copy(data)
-        view.pos = run.pos
+        view.pos = run.pos.detach()  # conservative models make it require a gradient
         return view
     part = run.part
     view = Batch(batch=part.batch, natoms=part.natoms.to(data.natoms), pos=run.pos[part.atoms])

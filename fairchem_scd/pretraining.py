@@ -77,7 +77,7 @@ def freeze(model: DenoisingHydra) -> None:
     Element embeddings would shrink to nothing, and fine-tuning from there blows up; heads have no loss.
     """
     frozen = [p for module in model.adapter.element_embeddings() for p in module.parameters()]
-    frozen += model.output_heads.parameters()
+    frozen += [p for module in (model.output_heads, *model.adapter.readout()) for p in module.parameters()]
     frozen += [p for name, p in model.named_parameters() if name.endswith("condition_head.mask_token")]
     for parameter in frozen:
         parameter.requires_grad_(False)

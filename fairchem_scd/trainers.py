@@ -152,7 +152,7 @@ class DenoisingMixin(ResumableMixin):
             check_row,
             split=split,
             needed=checks.labels_needed(self.tasks, self.output_targets),
-            max_num_elements=getattr(self._unwrapped_model.backbone, "max_num_elements", None),
+            max_num_elements=adapter_for(self._unwrapped_model.backbone).max_num_elements,
             cutoff=getattr(self._unwrapped_model.backbone, "cutoff", None),
             alone=(self.config["optim"].get("eval_batch_size", batch_size) if split == "val" else batch_size) == 1,
         )

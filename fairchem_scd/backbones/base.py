@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -21,12 +22,14 @@ class Adapter(ABC):
         names: the names the host registers it under.
         one_piece: legacy models of backbone and heads in one, by name, that this backbone is the hydra twin of,
             each with the twin's heads.
+        moved: modules of those models that lie in one of the twin's heads, and in which.
         dropped: arguments of those models that the twin has no use for, with the only value that loses nothing.
     """
 
     host_class: ClassVar[type[nn.Module]]
     names: ClassVar[tuple[str, ...]]
     one_piece: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
+    moved: ClassVar[Mapping[str, str]] = {"energy_block": "energy", "force_block": "forces"}
     dropped: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -43,14 +46,57 @@ class Adapter(ABC):
                 "not the data's; set otf_graph to true"
             )
 
-    @property
-    @abstractmethod
-    def encoding_spec(self) -> dict[str, Any]:
-        """`lmax_list`, `channels` and `bound` for a ForceEncoding of this backbone."""
+    @classmethod
+    def twin_heads(cls, name: str, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The heads of the hydra twin of the one-piece model `name` with those arguments."""
+        return copy.deepcopy(dict(cls.one_piece[name]))
 
     @abstractmethod
     def vector_head(self) -> nn.Module:
-        """Another instance of the backbone's own force head: (data, embedding) → {name: [N, 3]}."""
+        """Another instance of the backbone's own direct force head: (data, embedding) → {name: [N, 3]}.
+
+        Where it has none, an EdgeVectorHead.
+        """
+
+    @property
+    def encoding_spec(self) -> dict[str, Any]:
+        """`lmax_list`, `channels` and `bound` for a ForceEncoding of this backbone.
+
+        Raises:
+            ConfigError: its atoms have no features that turn with the structure.
+        """
+        raise ConfigError(
+            f"task.denoising: {self.names[0]} has no vector features that forces could be told by, as dens does and "
+            "scd with condition: [forces]; scd with its default condition and noisy_nodes work there"
+        )
+
+    @property
+    def max_num_elements(self) -> int | None:
+        """One more than the highest atomic number that the backbone knows; None: not known."""
+        return getattr(self.backbone, "max_num_elements", None)
+
+    @property
+    def conservative(self) -> bool:
+        """Whether forces are the energy's gradient. By the host's rule, for backbones that have the choice."""
+        return self.backbone.regress_forces and not getattr(self.backbone, "direct_forces", True)
+
+    def readout(self) -> Iterable[nn.Module]:
+        """Parts of the backbone that the host's heads alone read: neither vector head nor `scalars`."""
+        return ()
+
+    @contextmanager
+    def energy_free(self) -> Iterator[None]:
+        """While entered, a conservative backbone does not prepare for derivatives by positions."""
+        backbone = self.backbone
+        switches = [name for name in ("regress_forces", "regress_stress") if getattr(backbone, name, False)]
+        switches = switches if self.conservative else []
+        for name in switches:
+            setattr(backbone, name, False)
+        try:
+            yield
+        finally:
+            for name in switches:
+                setattr(backbone, name, True)
 
     @property
     def scalar_channels(self) -> int:
@@ -94,9 +140,9 @@ class Adapter(ABC):
             "fairchem_scd.backbones.Adapter). With condition: [] nothing is embedded"
         )
 
-    @abstractmethod
     def encoded(self, encoding: Tensor) -> AbstractContextManager[None]:
         """While entered, add `encoding` [N, Σ(lmax+1)², C] to the node embedding before the first block."""
+        raise NotImplementedError(f"{type(self).__name__} has an encoding_spec, and so needs encoded")
 
 
 _ADAPTERS: dict[type[nn.Module], type[Adapter]] = {}

@@ -58,13 +58,13 @@ def modernise(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 def twin_key(key: str) -> str:
     """The name a weight of a one-piece model has in its hydra twin."""
-    for head, block in (("energy", "energy_block"), ("forces", "force_block")):
-        if key.startswith(f"{block}."):
-            return f"output_heads.{head}.{key}"
-    return f"backbone.{key}"
+    moved = {prefix: head for cls in adapters() for prefix, head in cls.moved.items()}
+    head = moved.get(key.partition(".")[0])
+    return f"backbone.{key}" if head is None else f"output_heads.{head}.{key}"
 
 
-def _hydra_twin(name: str | None, model: dict[str, Any]) -> dict[str, Any]:
+def _adapter_of(name: str | None) -> type[Adapter]:
+    """The adapter of a one-piece model's hydra twin. Raises ConfigError if there is none."""
     adapter = next((cls for cls in adapters() if name in cls.one_piece), None)
     if adapter is None:
         legacy = sorted(n for cls in adapters() for n in cls.one_piece)
@@ -72,8 +72,13 @@ def _hydra_twin(name: str | None, model: dict[str, Any]) -> dict[str, Any]:
             f"model.name: '{name}' cannot be trained with denoising; use 'hydra' with one of the backbones "
             f"{', '.join(known_backbones())}, or one of the one-piece models {', '.join(legacy)}"
         )
+    return adapter
+
+
+def _hydra_twin(name: str | None, model: dict[str, Any]) -> dict[str, Any]:
+    adapter = _adapter_of(name)
     backbone = {key: value for key, value in model.items() if key != "name"}
-    heads = copy.deepcopy(dict(adapter.one_piece[name]))
+    heads = adapter.twin_heads(name, backbone)
     adapter.check(backbone)
     for key, lossless in adapter.dropped.items():
         if backbone.pop(key, lossless) != lossless:
