@@ -13,6 +13,7 @@ no older than the one before; at the end the run must be, bit for bit, one that 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import random
@@ -145,6 +146,7 @@ def in_a_process(action: Callable[[], None], *, log: Path, after: float | None, 
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
+        gc.freeze()  # garbage of the parent, such as a process group, may wait for threads that are not here
         status = 1
         try:
             with log.open("ab") as out:

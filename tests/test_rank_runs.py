@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def config_of(data: Path, case: str, ranks: int) -> dict[str, Any]:
 
 def rank_main(rank: int, ranks: int, folder: Path, data: Path, cases: dict[str, str | None]) -> None:
     """Train each case; the setting of `on_bad_data` goes with a broken row."""
+    gc.freeze()  # the parent's garbage may wait for threads that were not forked
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)

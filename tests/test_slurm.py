@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import runpy
@@ -176,6 +177,7 @@ def write_config(folder: Path) -> Path:
 
 
 def rank_main(rank: int, config: Path, folder: Path) -> None:
+    gc.freeze()  # the parent's garbage may wait for threads that were not forked
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     make_trainer(host_config(config), folder, identifier="plain").train(disable_eval_tqdm=True)
