@@ -1,7 +1,8 @@
 """fairchem-scd: denoising (DeNS, SCD) as an auxiliary task in force-field training with fairchem 1.x.
 
 The first use of a public name registers the package's trainers, model and datasets with the host. A config does that by
-its trainer's dotted name, `fairchem_scd.DenoisingTrainer` or `fairchem_scd.EquiformerV2DenoisingTrainer`.
+its trainer's dotted name: `fairchem_scd.DenoisingTrainer`, `fairchem_scd.EquiformerV2DenoisingTrainer` or
+`fairchem_scd.MLIPDenoisingTrainer`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         DenoisingHydra,
         DenoisingTrainer,
         EquiformerV2DenoisingTrainer,
+        MLIPDenoisingTrainer,
         Task,
         register_task,
     )
@@ -26,6 +28,7 @@ __all__ = [
     "DenoisingHydra",
     "DenoisingTrainer",
     "EquiformerV2DenoisingTrainer",
+    "MLIPDenoisingTrainer",
     "Task",
     "register_task",
 ]

@@ -24,14 +24,18 @@ from fairchem_scd.trainers import DenoisingMixin
 from fairchem_scd.yaml_edit import map_items, set_value
 
 _EPOCHS, _STEPS = "fairchem_scd.EquiformerV2DenoisingTrainer", "fairchem_scd.DenoisingTrainer"
+_MLIP = "fairchem_scd.MLIPDenoisingTrainer"
 _TRAINERS = {
     "equiformerv2_forces": _EPOCHS,
     "equiformerv2_dens": _EPOCHS,
+    "mlip_trainer": _MLIP,
+    "mlip_dens_trainer": _MLIP,
     "ocp": _STEPS,
     "forces": _STEPS,
     "energy": _STEPS,
     # Short names are known only where something has imported the package.
     "equiformerv2_denoising": _EPOCHS,
+    "mlip_denoising": _MLIP,
     "denoising": _STEPS,
 }
 
@@ -196,9 +200,10 @@ def _block(merged: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(block, Mapping):
             raise ConfigError(f"{key}: expected a block (got {block!r})")
     if optim.get("use_denoising_pos"):
+        twin = _TRAINERS.get(str(merged.get("trainer")), _EPOCHS)
         raise ConfigError(
             "optim.use_denoising_pos sets up DeNS already, and fairchem-scd reads it as it is: name the trainer "
-            f"{_EPOCHS} and leave the rest. For another task beside it, write DeNS as task.denoising.dens first, and "
+            f"{twin} and leave the rest. For another task beside it, write DeNS as task.denoising.dens first, and "
             "remove use_denoising_pos"
         )
     return denoising_block(task, optim, {})

@@ -7,7 +7,7 @@ from fairchem_scd import data  # noqa: F401
 from fairchem_scd.config import ConfigError, DataError
 from fairchem_scd.model import DenoisingHydra
 from fairchem_scd.tasks import Task, register_task
-from fairchem_scd.trainers import DenoisingTrainer, EquiformerV2DenoisingTrainer
+from fairchem_scd.trainers import DenoisingTrainer, EquiformerV2DenoisingTrainer, MLIPDenoisingTrainer
 
 __all__ = [
     "ConfigError",
@@ -15,6 +15,7 @@ __all__ = [
     "DenoisingHydra",
     "DenoisingTrainer",
     "EquiformerV2DenoisingTrainer",
+    "MLIPDenoisingTrainer",
     "Task",
     "register_task",
 ]

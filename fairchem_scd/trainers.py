@@ -18,6 +18,7 @@ import torch
 from fairchem.core.common import distutils
 from fairchem.core.common.registry import registry
 from fairchem.core.models.equiformer_v2.trainers.forces_trainer import EquiformerV2ForcesTrainer
+from fairchem.core.models.esen.trainers.trainer import MLIPTrainer
 from fairchem.core.modules.evaluator import Evaluator, mae
 from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
 from fairchem.core.modules.loss import DDPLoss
@@ -381,3 +382,8 @@ class DenoisingTrainer(DenoisingMixin, OCPTrainer):
 @registry.register_trainer("equiformerv2_denoising")
 class EquiformerV2DenoisingTrainer(DenoisingMixin, EquiformerV2ForcesTrainer):
     """Where a config says `equiformerv2_forces`: schedules counted in epochs."""
+
+
+@registry.register_trainer("mlip_denoising")
+class MLIPDenoisingTrainer(DenoisingMixin, MLIPTrainer):
+    """Where a config says `mlip_trainer`, as eSEN's do: schedules counted in epochs."""

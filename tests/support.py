@@ -11,17 +11,16 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import setup_imports
-from fairchem.core.datasets import data_list_collater
 from fairchem.core.models.base import HydraModel
 from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone
 from fairchem.core.models.equiformer_v2.equiformer_v2_deprecated import EquiformerV2
 from fairchem.core.models.escn.escn import eSCN
 
-import fairchem_scd.plugin  # noqa: F401  (registers everything with the host)
-from fairchem_scd.data.emt_slabs import emt_slabs
 from fairchem_scd.model import DenoisingHydra
+from fairchem_scd.testing import collate, make_trainer, slabs, training_config
+
+__all__ = ["collate", "make_trainer", "slabs"]
 
 setup_imports()  # the host's whole registry, as at the start of any mode
 
@@ -99,24 +98,6 @@ def plain_and_denoising(name: str, block: dict[str, Any], **backbone: Any) -> tu
     return plain, denoising
 
 
-def slabs(count: int, seed: int = 0, systems: int = 6) -> list[Any]:
-    """Labelled sample structures, as rows of a dataset whose keys are already mapped."""
-    from fairchem.core.preprocessing import AtomsToGraphs
-
-    converter = AtomsToGraphs(r_energy=True, r_forces=True, r_edges=False, r_pbc=True)
-    rows = []
-    for atoms, sid, fid in emt_slabs(count, seed, systems):
-        row = converter.convert(atoms)
-        row.sid, row.fid, row.natoms = sid, fid, len(atoms)
-        rows.append(row)
-    return rows
-
-
-def collate(rows: list[Any]) -> Any:
-    """A batch of copies of rows, as the host's loader makes it."""
-    return data_list_collater([copy.deepcopy(row) for row in rows], otf_graph=True)
-
-
 def tiny_config(folder: Path, name: str = "equiformer_v2", denoising: Any = None, **changes: Any) -> dict[str, Any]:
     """A whole training config on sample data: EquiformerV2's trainer, two steps an epoch, one epoch.
 
@@ -126,82 +107,11 @@ def tiny_config(folder: Path, name: str = "equiformer_v2", denoising: Any = None
         denoising: the `task.denoising` block; default DeNS on every step.
         changes: blocks to update, such as optim={"max_epochs": 2}.
     """
-    config = {
-        "trainer": "fairchem_scd.EquiformerV2DenoisingTrainer",
-        "task": {"denoising": {"dens": {"prob": 1.0}} if denoising is None else denoising},
-        "dataset": {
-            "train": {
-                "format": "emt_slabs",
-                "src": str(folder / "train"),
-                "num_structures": 8,
-                "num_systems": 6,
-                "key_mapping": {"y": "energy", "force": "forces"},
-                "transforms": {
-                    "normalizer": {"energy": {"mean": 5.5, "stdev": 2.5}, "forces": {"mean": 0.0, "stdev": 1.5}}
-                },
-            },
-            "val": {"src": str(folder / "val"), "num_structures": 4, "seed": 1},
-        },
-        "logger": "tensorboard",
-        "outputs": {
-            "energy": {"level": "system"},
-            "forces": {"level": "atom", "train_on_free_atoms": True, "eval_on_free_atoms": True},
-        },
-        "loss_functions": [
-            {"energy": {"fn": "mae", "coefficient": 2}},
-            {"forces": {"fn": "l2mae", "coefficient": 100}},
-        ],
-        "evaluation_metrics": {
-            "primary_metric": "forces_mae",
-            "metrics": {"energy": ["mae"], "forces": ["mae"]},
-        },
-        "model": {"name": "hydra", "otf_graph": True, **hydra_arguments(name)},
-        "optim": {
-            "batch_size": 4,
-            "eval_batch_size": 4,
-            "num_workers": 0,
-            "lr_initial": 0.001,
-            "optimizer": "AdamW",
-            "optimizer_params": {"weight_decay": 0.001},
-            "scheduler": "LambdaLR",
-            "scheduler_params": {
-                "lambda_type": "cosine",
-                "warmup_factor": 0.2,
-                "warmup_epochs": 0.5,
-                "lr_min_factor": 0.01,
-            },
-            "max_epochs": 1,
-            "clip_grad_norm": 100,
-            "ema_decay": 0.9,
-        },
-    }
+    denoising = {"dens": {"prob": 1.0}} if denoising is None else denoising
+    config = training_config(folder, hydra_arguments(name), denoising)
     for block, update in changes.items():
         config[block] = {**config[block], **update} if isinstance(update, dict) else update
     return config
-
-
-def make_trainer(config: dict[str, Any], run_dir: Path, **arguments: Any) -> Any:
-    """A trainer as the host's command line would construct it, without process groups."""
-    config = copy.deepcopy(config)
-    trainer = registry.get_trainer_class(config["trainer"])
-    legacy_names = {"forces": "s2ef", "equiformerv2_forces": "s2ef", "energy": "is2re"}
-    return trainer(
-        task=config.get("task", {}),
-        model=config["model"],
-        outputs=config.get("outputs", {}),
-        dataset=config["dataset"],
-        optimizer=config["optim"],
-        loss_functions=config.get("loss_functions", {}),
-        evaluation_metrics=config.get("evaluation_metrics", {}),
-        identifier=arguments.pop("identifier", "test"),
-        local_rank=0,
-        run_dir=str(run_dir),
-        logger=config.get("logger", "tensorboard"),
-        cpu=True,
-        name=legacy_names.get(config["trainer"], "ocp"),
-        seed=arguments.pop("seed", 0),
-        **arguments,
-    )
 
 
 def host_config(path: Path, *overrides: str) -> dict[str, Any]:

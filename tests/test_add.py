@@ -19,6 +19,7 @@ from tests.support import CONFIGS, host_config
 
 PLAIN = CONFIGS / "examples" / "plain_oc20.yml"
 EPOCHS, STEPS = "fairchem_scd.EquiformerV2DenoisingTrainer", "fairchem_scd.DenoisingTrainer"
+MLIP = "fairchem_scd.MLIPDenoisingTrainer"
 
 # The keys that an S2EF config cannot do without, in the fewest words.
 SMALL = """\
@@ -99,6 +100,9 @@ def test_settings_are_written_as_numbers_and_lists(tmp_path):
         (None, STEPS),
         ("equiformerv2_forces", EPOCHS),
         ("equiformerv2_dens", EPOCHS),
+        ("mlip_trainer", MLIP),
+        ("mlip_dens_trainer", MLIP),
+        ("mlip_denoising", MLIP),
         ("denoising", STEPS),
         (STEPS, STEPS),
         (EPOCHS, EPOCHS),
@@ -295,7 +299,7 @@ def test_a_dry_run_shows_the_difference_and_writes_nothing(tmp_path):
         ("includes: [base.yml]\n", "there is no base.yml"),
         ("includes: [config.yml]\n", "includes itself"),
         ("includes: [.]\n", "is a folder"),
-        (SMALL.replace("forces  #", "mlip_trainer  #"), "'mlip_trainer' has no denoising twin"),
+        (SMALL.replace("forces  #", "base  #"), "'base' has no denoising twin"),
         (SMALL.replace("forces  #", "[a, b]  #"), "has no denoising twin"),
         (SMALL.replace("forces  #", "nowhere.Trainer  #"), "'nowhere.Trainer' has no denoising twin"),
         (SMALL + "task: {denoising: {dens: {}}}\n", "task.denoising.dens is there already"),
@@ -305,6 +309,10 @@ def test_a_dry_run_shows_the_difference_and_writes_nothing(tmp_path):
         (SMALL + "task: {denoising: dens}\n", "expected a block"),
         (SMALL + "task: dens\n", "task: expected a block"),
         (SMALL.replace("optim: {", "optim: {use_denoising_pos: true, "), "sets up DeNS already"),
+        (
+            SMALL.replace("optim: {", "optim: {use_denoising_pos: true, ").replace("forces  #", "mlip_dens_trainer  #"),
+            f"sets up DeNS already, and fairchem-scd reads it as it is: name the trainer {MLIP}",
+        ),
         (SMALL.replace("equiformer_v2", "gemnet_oc"), "'gemnet_oc' cannot be trained with denoising"),
         (SMALL.replace("model:", "models:"), "model: missing"),
         (SMALL.replace("outputs:", "output:"), "outputs empty or absent"),

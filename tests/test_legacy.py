@@ -191,8 +191,8 @@ def test_activation_checkpointing_is_kept_where_the_twin_has_it(caplog):
             r"no adapter for .*PaiNN.*equiformer_v2_backbone.*register_adapter",
         ),
         (
-            {**hydra(), "backbone": {"model": "esen_backbone"}},
-            r"no adapter for .*eSEN.*equiformer_v2_backbone.*register_adapter",
+            {**hydra(), "backbone": {"model": "scn"}},
+            r"no adapter for .*SphericalChannelNetwork.*equiformer_v2_backbone.*register_adapter",
         ),
         (
             hydra(model="equiformerv2_backbone"),

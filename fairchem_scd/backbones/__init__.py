@@ -4,12 +4,14 @@ from fairchem_scd.backbones.base import Adapter, adapter_for, known_backbones, r
 from fairchem_scd.backbones.equiformer_v2 import EquiformerV2Adapter
 from fairchem_scd.backbones.escn import ESCNAdapter
 from fairchem_scd.backbones.one_piece import HYDRA, modernise, twin_key
+from fairchem_scd.backbones.painn import PaiNNAdapter
 
 __all__ = [
     "HYDRA",
     "Adapter",
     "ESCNAdapter",
     "EquiformerV2Adapter",
+    "PaiNNAdapter",
     "adapter_for",
     "known_backbones",
     "modernise",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from fairchem.core.models.equiformer_v2.drop import GraphDropPath
@@ -13,7 +14,7 @@ from fairchem.core.models.equiformer_v2.transformer_block import SO2EquivariantG
 from torch import Tensor, nn
 
 from fairchem_scd.backbones.base import Adapter, register_adapter
-from fairchem_scd.backbones.hooks import hooked, with_scalars
+from fairchem_scd.backbones.hooks import Again, hooked, replaced, with_scalars
 from fairchem_scd.conditions import Given
 from fairchem_scd.config import ConfigError
 
@@ -68,12 +69,15 @@ class EquiformerV2Adapter(Adapter):
         with ExitStack() as stack:
             if backbone.activation_checkpoint:
                 rotations = _Rotations(backbone.SO3_rotation)
-                blocks = [_Again(block, rotations, given, i) for i, block in enumerate(backbone.blocks)]
-                stack.enter_context(_replaced(backbone, "blocks", blocks))
+                blocks = []
+                for i, block in enumerate(backbone.blocks):
+                    told = () if given is None else (partial(_modulated, block, given, i),)
+                    blocks.append(Again(block, rotations.restored, *told))
+                stack.enter_context(replaced(backbone, "blocks", blocks))
                 for head in heads:
                     for name, child in head.named_children():
                         if isinstance(child, SO2EquivariantGraphAttention):
-                            stack.enter_context(_replaced(head, name, _Again(child, rotations)))
+                            stack.enter_context(replaced(head, name, Again(child, rotations.restored)))
             elif given is not None:
                 for i, block in enumerate(backbone.blocks):
                     stack.enter_context(_modulated(block, given, i))
@@ -127,29 +131,3 @@ class _Rotations:
     def _set(self, rotations: list[tuple[Tensor, Tensor]]) -> None:
         for module, (wigner, inverse) in zip(self.modules, rotations, strict=True):
             module.wigner, module.wigner_inv = wigner, inverse
-
-
-class _Again:
-    """Stands in for a block during a pass, so that activation checkpointing runs it again as in that pass."""
-
-    def __init__(
-        self, block: nn.Module, rotations: _Rotations, given: Given | None = None, index: int | None = None
-    ) -> None:
-        self.block, self.rotations, self.given, self.index = block, rotations, given, index
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as stack:
-            stack.enter_context(self.rotations.restored())
-            if self.given is not None:
-                stack.enter_context(_modulated(self.block, self.given, self.index))
-            return self.block(*args, **kwargs)
-
-
-@contextmanager
-def _replaced(module: nn.Module, name: str, stand_in: Any) -> Iterator[None]:
-    """While entered, the module's attribute is something else; its registered submodules stay."""
-    module.__dict__[name] = stand_in
-    try:
-        yield
-    finally:
-        del module.__dict__[name]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
@@ -35,3 +36,31 @@ def with_scalars(embedding: Tensor, rows: Sequence[int], change: Callable[[Tenso
     for row, value in zip(rows, change(scalars).chunk(len(rows), dim=1), strict=True):
         changed[:, row] = value
     return changed
+
+
+class Again:
+    """Stands in for a block during a pass, so that activation checkpointing runs it again as in that pass.
+
+    Args:
+        block: what to run.
+        contexts: each makes a context, to run it in.
+    """
+
+    def __init__(self, block: nn.Module, *contexts: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.block, self.contexts = block, contexts
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context())
+            return self.block(*args, **kwargs)
+
+
+@contextmanager
+def replaced(module: nn.Module, name: str, stand_in: Any) -> Iterator[None]:
+    """While entered, the module's attribute is something else; its registered submodules stay."""
+    module.__dict__[name] = stand_in
+    try:
+        yield
+    finally:
+        del module.__dict__[name]

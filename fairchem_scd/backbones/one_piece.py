@@ -14,6 +14,7 @@ from fairchem.core.models.equiformer_v2.equiformer_v2_dens import (
     DeNSVectorHead,
     EqV2DeNSBackbone,
 )
+from fairchem.core.models.esen import esen_dens
 
 from fairchem_scd.backbones.base import Adapter, adapter_class, adapters, known_backbones
 from fairchem_scd.config import ConfigError
@@ -27,6 +28,9 @@ _PLAIN = {
     DeNSScalarHead: "equiformerV2_scalar_head",
     DeNSVectorHead: "equiformerV2_vector_head",
     DeNSRank2Head: "rank2_symmetric_head",
+    esen_dens.eSEN_DeNS_Backbone: "esen_backbone",
+    esen_dens.MLP_EFS_Head: "esen_mlp_efs_head",
+    esen_dens.Linear_Force_Head_DeNS: "esen_linear_force_head",
 }
 # Arguments of the DeNS models that are settings of the task here.
 _TASK_SETTINGS = {"use_force_encoding": "force_encoding", "use_noise_schedule_sigma_encoding": "sigma_encoding"}

@@ -14,14 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import setup_imports, update_config
 from fairchem.core.models.base import HydraModel
-from fairchem.core.models.esen import esen_dens
 from torch import Tensor, nn
 
 from fairchem_scd.backbones import modernise, twin_key
-from fairchem_scd.backbones.base import adapter_class
 from fairchem_scd.checkpoint.source import ADDED, bare, model_config, trainable, whole
 from fairchem_scd.compat import denoising_block
 from fairchem_scd.config import ConfigError
@@ -41,11 +38,6 @@ _RENAMED = (
     (r"(output_heads\.[^.]+)\.scalar_block\.", r"\1.energy_block."),
     (r"(output_heads\.[^.]+)\.vector_block\.", r"\1.force_block."),
 )
-_PLAIN_ESEN = {
-    esen_dens.eSEN_DeNS_Backbone: "esen_backbone",
-    esen_dens.MLP_EFS_Head: "esen_mlp_efs_head",
-    esen_dens.Linear_Force_Head_DeNS: "esen_linear_force_head",
-}
 _THEIR_SETTINGS = ("use_denoising_pos", "denoising_pos_params", "denoising_pos_coefficient")
 _OLD_TARGETS = {"target": "energy", "grad_target": "forces"}
 
@@ -67,8 +59,7 @@ def from_dens(checkpoint: Mapping[str, Any], *, plain: bool = False) -> dict[str
         Optimiser, scheduler, epoch and step are left out: two of their parameters are one here.
 
     Raises:
-        ConfigError: it is of no such model, its weights are not those its config asks for, or this package has no
-            adapter for its backbone and `plain` is False.
+        ConfigError: it is of no such model, or its weights are not those its config asks for.
     """
     named = _named(checkpoint)
     config, adds_references = _new_config(checkpoint, plain)
@@ -220,7 +211,7 @@ def _new_config(checkpoint: Mapping[str, Any], plain: bool) -> tuple[dict[str, A
     model, _ = whole(config["model"])
     adds_references = bool(model.pop("use_energy_lin_ref", False))
     trains_energy = model.pop("use_denoising_energy", True)
-    block, dens = _esen(model, plain) or modernise(model)
+    block, dens = modernise(model)
     if not trains_energy:
         dens["train_outputs"] = []
     optim, task = config.get("optim") or {}, dict(config.get("task") or {})
@@ -238,33 +229,6 @@ def _new_config(checkpoint: Mapping[str, Any], plain: bool) -> tuple[dict[str, A
         "dataset": {"src": None, **(config.get("dataset") or {})},  # the host's calculator deletes src
     }
     return {**config, **new}, adds_references
-
-
-def _esen(model: Mapping[str, Any], plain: bool) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """As `modernise`, for the host's eSEN with DeNS; None: it is another model."""
-    backbone, heads = dict(model.get("backbone") or {}), model.get("heads") or {}
-    if _plain_name(backbone.get("model")) != "esen_backbone":
-        return None
-    backbone["model"] = "esen_backbone"
-    heads = {name: {**head, "module": _plain_name(head.get("module"))} for name, head in heads.items()}
-    block = {**model, "backbone": backbone, "heads": heads}
-    if plain:
-        return block, {}
-    try:
-        adapter_class(registry.get_model_class("esen_backbone"))
-    except ConfigError:
-        raise ConfigError(
-            "this package does not train esen_backbone; with --plain the checkpoint becomes fairchem's own, without "
-            "the noise head"
-        ) from None
-    return modernise(block)
-
-
-def _plain_name(name: str | None) -> str | None:
-    try:
-        return _PLAIN_ESEN.get(registry.get_model_class(name), name)
-    except (AttributeError, RuntimeError):  # None, or not the host's
-        return name
 
 
 def _built(block: Mapping[str, Any], cls: type[HydraModel]) -> HydraModel:

@@ -14,7 +14,7 @@ def command(checkpoint: str, out: str, plain: bool, force: bool) -> None:
     """Read a DeNS checkpoint of another code, CHECKPOINT, and write it as one of this package, OUT.
 
     It may be of the DeNS authors (models equiformer_v2_dens and escn_dens) or of fairchem's own DeNS trainers
-    (backbones equiformer_v2_dens_backbone and, with --plain alone, esen_backbone_dens).
+    (backbones equiformer_v2_dens_backbone and esen_backbone_dens).
 
     OUT predicts what CHECKPOINT does. Kept are the weights, noise head and force encoding included, their moving
     average, the normalisers and element references, and the DeNS settings. A run that starts from OUT counts its steps
