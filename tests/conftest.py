@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 # Before torch is imported: the suite's models are too small to gain from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The host's sampler compiles one small function in every process of several ranks, for longer than they train here.
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 import pytest
 import torch
 
 from tests.support import slabs
+
+
+_LONG = ("test_kills.py", "test_rank_runs.py", "test_resume.py", "test_slurm.py", "test_submitit.py")
+"""Files that take longest: begun first, so that no worker waits for another at the end (--no-loadscope-reorder)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in _LONG, -sizes[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)

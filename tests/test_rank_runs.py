@@ -43,10 +43,10 @@ class Spoilt:
 def config_of(data: Path, case: str, ranks: int) -> dict[str, Any]:
     """Four steps of four structures, by plain gradient descent: AdamW makes much of the smallest differences."""
     config = (pretraining if case == "pre-training" else tiny_config)(data, denoising=CASES[case])
-    config["model"]["backbone"].update(lmax_list=[1], mmax_list=[1])
+    config["model"]["backbone"].update(lmax_list=[1], mmax_list=[1], num_layers=1, num_distance_basis=16)
     optim = config["optim"]
     optim.update(batch_size=4 // ranks, eval_batch_size=1, max_epochs=2, optimizer="SGD", optimizer_params={})
-    optim.update(lr_initial=1e-4, ema_decay=None, load_balancing="atoms")
+    optim.update(lr_initial=1e-4, ema_decay=None, load_balancing="atoms", eval_every=4)
     return config
 
 
@@ -65,16 +65,20 @@ def rank_main(rank: int, ranks: int, folder: Path, data: Path, cases: dict[str, 
             trainer = make_trainer(config, folder / case.replace(" ", "_"))
             if on_bad_data is not None:
                 trainer.train_loader.dataset.dataset = Spoilt(trainer.train_loader.dataset.dataset)
-            error = None
+            start, error = state_of(trainer), None
             try:
                 trainer.train(disable_eval_tqdm=True)
             except DataError as raised:
                 error = str(raised)
-        state = {key: value.clone() for key, value in trainer._unwrapped_model.state_dict().items()}
-        results[case] = {"state": state, "error": error, "step": trainer.step, "bad": trainer._bad_rows}
+        ended = {"start": start, "state": state_of(trainer), "error": error}
+        results[case] = {**ended, "step": trainer.step, "bad": trainer._bad_rows}
     torch.save(results, folder / f"rank{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def state_of(trainer: Any) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in trainer._unwrapped_model.state_dict().items()}
 
 
 def run(ranks: int, folder: Path, data: Path, cases: dict[str, str | None]) -> list[dict[str, Any]]:
@@ -99,13 +103,12 @@ def test_ranks_end_where_one_process_does(ranks, alone, data, tmp_path):
     for case in CASES:
         expected, first = alone[case]["state"], results[0][case]["state"]
         assert alone[case]["step"] == results[0][case]["step"] == 4
-        start = make_trainer(config_of(data, case, 1), tmp_path / "start", identifier=f"{case} start")
         moved = 0.0
         for key, value in expected.items():
             for other in results[1:]:
                 assert torch.equal(other[case]["state"][key], first[key]), f"{case}: {key} differs between ranks"
             if value.is_floating_point():
-                change = (value - start._unwrapped_model.state_dict()[key]).abs().max()
+                change = (value - alone[case]["start"][key]).abs().max()
                 moved = max(moved, float(change))
                 assert (first[key] - value).abs().max() <= 1e-3 * change + 1e-6, f"{case}: {key}"
         assert moved > 1e-5, f"{case}: nothing was trained"
