@@ -16,7 +16,6 @@ import torch
 
 from tests.support import slabs
 
-
 _LONG = ("test_kills.py", "test_rank_runs.py", "test_resume.py", "test_slurm.py", "test_submitit.py")
 """Files that take longest: begun first, so that no worker waits for another at the end (--no-loadscope-reorder)."""
 
