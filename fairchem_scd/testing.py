@@ -344,7 +344,9 @@ class BackboneClaims:
         corrupted = copy.deepcopy(batch)
         corrupted.pos = last.pos
         for key, value in run(plain, corrupted).items():
-            assert torch.equal(out[key], value), key
+            # A derivative by positions sums in another order what flows back through features that could be modulated.
+            slack = 1e-5 * float(value.abs().max()) if model.adapter.conservative and key == "forces" else 0.0
+            torch.testing.assert_close(out[key], value, rtol=0, atol=slack, msg=key)
         # Those of the clean pass are, whatever follows it.
         for key, value in run(plain, batch).items():
             assert torch.equal(run(model, batch, plan)[key], value), key
@@ -516,12 +518,17 @@ class BackboneClaims:
 
     # --- training -------------------------------------------------------------------------------------------------
 
+    @pytest.fixture(scope="session")
+    def sample(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Folder in which sample data is kept."""
+        return tmp_path_factory.mktemp("claims")
+
     def config(self, folder: Path, block: Mapping[str, Any]) -> dict[str, Any]:
-        """A training config."""
+        """A training config, with sample data in a folder."""
         return training_config(folder, self.arguments(), block)
 
-    def test_it_trains_and_its_export_is_plain_fairchem(self, tmp_path: Path) -> None:
-        trainer = make_trainer(self.config(tmp_path, SCD), tmp_path)
+    def test_it_trains_and_its_export_is_plain_fairchem(self, sample: Path, tmp_path: Path) -> None:
+        trainer = make_trainer(self.config(sample, SCD), tmp_path)
         before = copy.deepcopy(trainer._unwrapped_model.state_dict())
         trainer.train(disable_eval_tqdm=True)
         model = trainer._unwrapped_model.eval()
@@ -540,12 +547,12 @@ class BackboneClaims:
             assert torch.equal(out[key], value), key
 
     @pytest.mark.parametrize("supervised", [True, False])
-    def test_two_ranks_do_as_one(self, supervised: bool, tmp_path: Path) -> None:
+    def test_two_ranks_do_as_one(self, supervised: bool, sample: Path, tmp_path: Path) -> None:
         """Loss, gradients, noise and running scale of a step, on ranks with different numbers of atoms."""
         rows = slabs(4, seed=2)
         block = {"scd": {"noise_scale": "running"}} if supervised or not self.tells_forces() else {}
         block = block or {"scd": {"noise_scale": "running", "condition": ["self", "forces"]}}
-        config = self.config(tmp_path, block)
+        config = self.config(sample, block)
         config = config if supervised else self_supervised(config)
         config["trainer"] = "fairchem_scd.DenoisingTrainer"
         config["optim"].update(scheduler="Null", scheduler_params={})
@@ -572,7 +579,8 @@ class BackboneClaims:
         for key, gradient in alone["gradients"].items():
             scale = max(float(gradient.abs().max()), 1e-3)
             for result in results:
-                assert float((result["gradients"][key] - gradient).abs().max()) < 1e-3 * scale, key
+                error = float((result["gradients"][key] - gradient).abs().max()) / scale
+                assert error < 1e-3, (key, error)
 
     @staticmethod
     def _error(expected: Tensor, found: Tensor) -> float:

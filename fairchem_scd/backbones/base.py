@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -171,10 +172,13 @@ def adapter_class(host_class: type[nn.Module]) -> type[Adapter]:
         ConfigError: there is none; the message lists the known backbones and says how to add one.
     """
     if host_class not in _ADAPTERS:
+        for found in entry_points(group="fairchem_scd.adapters"):  # of other packages
+            found.load()
+    if host_class not in _ADAPTERS:
         raise ConfigError(
             f"model.backbone: no adapter for {host_class.__module__}.{host_class.__qualname__}; "
             f"known backbones: {', '.join(known_backbones())}. "
-            "To add one, subclass fairchem_scd.backbones.Adapter and decorate it with register_adapter."
+            "To add one, subclass fairchem_scd.backbones.Adapter: see docs/adding-a-backbone.md."
         )
     return _ADAPTERS[host_class]
 
