@@ -16,6 +16,7 @@ from fairchem.core.models.base import HydraModel
 from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone
 from fairchem.core.models.equiformer_v2.equiformer_v2_deprecated import EquiformerV2
 from fairchem.core.models.escn.escn import eSCN
+from fairchem.core.models.esen import esen, esen_dens
 
 from fairchem_scd.model import DenoisingHydra
 from fairchem_scd.testing import collate, make_trainer, slabs, training_config
@@ -67,6 +68,24 @@ ESCN = {
     "num_sphere_samples": 32,
     "distance_resolution": 0.1,
 }
+ESEN = {
+    "model": "esen_backbone",
+    "use_pbc": True,
+    "otf_graph": True,
+    "max_neighbors": 300,
+    "cutoff": 4.5,
+    "max_num_elements": 90,
+    "num_layers": 2,
+    "lmax": 2,
+    "mmax": 2,
+    "sphere_channels": 8,
+    "hidden_channels": 8,
+    "edge_channels": 8,
+    "num_distance_basis": 16,
+    "grid_resolution": 14,
+}
+# As its paper has it, for forces that are a gradient.
+ESEN_SMOOTH = {**ESEN, "direct_forces": False, "act_type": "gate", "mlp_type": "spectral", "use_envelope": True}
 BACKBONES = {"equiformer_v2": EQUIFORMER_V2, "escn": ESCN}
 HEADS = {
     "equiformer_v2": {
@@ -75,6 +94,8 @@ HEADS = {
     },
     "escn": {"energy": {"module": "escn_energy_head"}, "forces": {"module": "escn_force_head"}},
 }
+ESEN_HEADS = {"energy": {"module": "esen_mlp_energy_head"}, "forces": {"module": "esen_linear_force_head"}}
+ESEN_GRADIENT_HEAD = {"both": {"module": "esen_mlp_efs_head"}}
 
 
 def hydra_arguments(name: str, **backbone: Any) -> dict[str, Any]:
@@ -128,11 +149,18 @@ def host_config(path: Path, *overrides: str) -> dict[str, Any]:
 
 def fixed_edge_frames(backbone: Any, data: Any, edge_index: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """Stands in for a backbone's `_init_edge_rot_mat`, whose frames are random about the edge."""
+    return _frames(vectors).detach()
+
+
+def _frames(vectors: torch.Tensor, rot_clip: bool = True) -> torch.Tensor:
+    """As eSEN's `init_edge_rot_mat`, which has derivatives where forces are some, but for edges along y."""
     y = vectors / vectors.norm(dim=1, keepdim=True)
+    y = torch.where(y[:, 1:2].abs() > 0.999999, y.detach(), y)
     axis = torch.nn.functional.one_hot(y.abs().argmin(dim=1), 3).to(y)
     z = torch.linalg.cross(y, axis)
     z = z / z.norm(dim=1, keepdim=True)
-    return torch.stack([torch.linalg.cross(y, z), y, z], dim=1).detach()
+    frames = torch.stack([torch.linalg.cross(y, z), y, z], dim=1)
+    return frames if rot_clip else frames.detach()
 
 
 @contextmanager
@@ -141,4 +169,6 @@ def edge_frames_without_chance() -> Iterator[None]:
     with ExitStack() as stack:
         for model in (EquiformerV2Backbone, EquiformerV2, eSCN):
             stack.enter_context(mock.patch.object(model, "_init_edge_rot_mat", fixed_edge_frames))
+        for module in (esen, esen_dens):
+            stack.enter_context(mock.patch.object(module, "init_edge_rot_mat", _frames))
         yield

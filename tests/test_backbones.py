@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from fairchem_scd.testing import BackboneClaims
-from tests.support import BACKBONES, HEADS, edge_frames_without_chance
+from tests.support import (
+    BACKBONES,
+    ESEN,
+    ESEN_GRADIENT_HEAD,
+    ESEN_HEADS,
+    ESEN_SMOOTH,
+    HEADS,
+    edge_frames_without_chance,
+)
 
 
 class TestEquiformerV2(BackboneClaims):
@@ -15,6 +23,18 @@ class TestEquiformerV2(BackboneClaims):
 class TestESCN(BackboneClaims):
     backbone = {**BACKBONES["escn"], "num_sphere_samples": 128}
     heads = HEADS["escn"]
+    without_chance = staticmethod(edge_frames_without_chance)
+
+
+class TestESEN(BackboneClaims):
+    backbone = ESEN
+    heads = ESEN_HEADS
+    without_chance = staticmethod(edge_frames_without_chance)
+
+
+class TestConservativeESEN(BackboneClaims):
+    backbone = ESEN_SMOOTH
+    heads = ESEN_GRADIENT_HEAD
     without_chance = staticmethod(edge_frames_without_chance)
 
 

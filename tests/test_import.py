@@ -24,29 +24,16 @@ from fairchem_scd.checkpoint.foreign import from_dens
 from fairchem_scd.cli import main
 from fairchem_scd.data.emt_slabs import emt_slabs
 from fairchem_scd.tasks import NOISE
-from tests.support import BACKBONES, collate, hydra_arguments, make_trainer, tiny_config
+from tests.support import BACKBONES, ESEN, collate, hydra_arguments, make_trainer, tiny_config
 from tests.test_engine import dens_plan
 
 DATA = Path(__file__).parent / "data"
 SCHEDULE = {"num_steps": 5, "std_low": 0.05, "std_high": 0.3}
-ESEN = {
-    "model": "esen_backbone_dens",
-    "max_num_elements": 90,
-    "sphere_channels": 8,
-    "lmax": 2,
-    "mmax": 2,
-    "otf_graph": True,
-    "cutoff": 4.5,
-    "edge_channels": 8,
-    "num_distance_basis": 16,
-    "hidden_channels": 8,
-    "num_layers": 2,
-}
-ESEN_HEADS = {
+ESEN_KINDS = {
     "esen": {"energy": {"module": "esen_mlp_energy_head"}, "forces": {"module": "esen_linear_force_head_dens"}},
     "esen conservative": {"both": {"module": "esen_mlp_efs_head_dens"}},
 }
-HOST = ("equiformer_v2", "equiformer_v2 sigma", "equiformer_v2 stress", *ESEN_HEADS)
+HOST = ("equiformer_v2", "equiformer_v2 sigma", "equiformer_v2 stress", *ESEN_KINDS)
 AUTHORS = ("equiformer_v2", "escn")
 
 
@@ -67,7 +54,8 @@ def host_config(data, kind):
     config["task"] = {}
     if kind.startswith("esen"):
         config["trainer"] = "mlip_dens_trainer"
-        backbone, heads = {**ESEN, "direct_forces": kind == "esen"}, ESEN_HEADS[kind]
+        backbone = {**ESEN, "model": "esen_backbone_dens", "direct_forces": kind == "esen"}
+        heads = ESEN_KINDS[kind]
     else:
         config["trainer"] = "equiformerv2_dens"
         backbone = {**BACKBONES["equiformer_v2"], "model": "equiformer_v2_dens_backbone"}
@@ -242,7 +230,7 @@ def test_an_imported_host_checkpoint_predicts_what_the_hosts_dens_model_does(kin
     assert (without["energy"] - expected["energy"]).abs().max() > 1e-3, "the bias does nothing: nothing was tested"
 
 
-@pytest.mark.parametrize("kind", ["equiformer_v2", "equiformer_v2 sigma", *ESEN_HEADS])
+@pytest.mark.parametrize("kind", ["equiformer_v2", "equiformer_v2 sigma", *ESEN_KINDS])
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 def test_an_imported_host_checkpoint_denoises_as_the_hosts_dens_model_does(kind, weights, host, rows):
     model, path = host(kind)
