@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -45,6 +46,11 @@ class Adapter(ABC):
             raise ConfigError(
                 "model.otf_graph is false: a corrupted structure needs a graph of its own, "
                 "not the data's; set otf_graph to true"
+            )
+        if config.get("use_pbc", True) is False and find_spec("torch_cluster") is None:
+            raise ConfigError(
+                "model.backbone.use_pbc is false: graphs without periodic boundaries need torch_cluster, which is not "
+                "installed; set it to true and give the data a large cell or pbc: False (docs/molecules.md)"
             )
 
     @classmethod
