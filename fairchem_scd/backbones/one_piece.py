@@ -32,6 +32,7 @@ _PLAIN = {
     esen_dens.MLP_EFS_Head: "esen_mlp_efs_head",
     esen_dens.Linear_Force_Head_DeNS: "esen_linear_force_head",
 }
+_WITHOUT_TWIN = {"schnet", "scn", "gp_gemnet_t", "escn_export"}
 # Arguments of the DeNS models that are settings of the task here.
 _TASK_SETTINGS = {"use_force_encoding": "force_encoding", "use_noise_schedule_sigma_encoding": "sigma_encoding"}
 
@@ -72,8 +73,9 @@ def _adapter_of(name: str | None) -> type[Adapter]:
     adapter = next((cls for cls in adapters() if name in cls.one_piece), None)
     if adapter is None:
         legacy = sorted(n for cls in adapters() for n in cls.one_piece)
+        why = ": fairchem has no hydra backbone of it" if name in _WITHOUT_TWIN else ""
         raise ConfigError(
-            f"model.name: '{name}' cannot be trained with denoising; use 'hydra' with one of the backbones "
+            f"model.name: '{name}' cannot be trained with denoising{why}; use 'hydra' with one of the backbones "
             f"{', '.join(known_backbones())}, or one of the one-piece models {', '.join(legacy)}"
         )
     return adapter
