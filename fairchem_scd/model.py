@@ -57,6 +57,11 @@ class DenoisingHydra(HydraModel):
                 "denoise_tags ask for; set it to false"
             )
         if any(getattr(task.settings, "null_condition", None) == "mask_token" for task in tasks.values()):
+            if self.adapter.conservative and self.output_heads:
+                raise ConfigError(
+                    "null_condition: mask_token: the token stands in every pass, and the gradient of the energy, which "
+                    "the forces are here, leaves out what it does to the blocks; use null_condition: identity"
+                )
             logging.warning(
                 "null_condition: mask_token: the token stands in every pass, so plain models and trainers of the host "
                 "that start from this one leave something out"
