@@ -225,9 +225,11 @@ def kills(count: int, folder: Path, *, seed: int = 0, note: Callable[[str], None
 
 
 def _assert_same_end(run: Path, whole: Path) -> None:
-    ended, expected = (checkpoint.read(f / "checkpoints" / RUN / "checkpoint.pt") for f in (run, whole))
-    for part in ("step", "state_dict", "optimizer", "ema", "scheduler"):
-        _assert_equal(ended[part], expected[part], part)
+    parts = ("step", "state_dict", "optimizer", "ema", "scheduler", "best_val_metric")
+    for name, compared in (("checkpoint.pt", parts), ("best_checkpoint.pt", ("state_dict",))):
+        ended, expected = (checkpoint.read(f / "checkpoints" / RUN / name) for f in (run, whole))
+        for part in compared:
+            _assert_equal(ended[part], expected[part], f"{name}: {part}")
     left = [path.name for path in (run / "checkpoints" / RUN).iterdir() if ".part-" in path.name]
     assert not left, f"left behind: {left}"
 

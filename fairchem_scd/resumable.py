@@ -5,6 +5,8 @@
 - A checkpoint holds the state after a whole step, also where preemption asks for one inside a step or in validation.
 - A checkpoint file is whole: written under another name, flushed, renamed.
 - A resumed learning-rate schedule is where it was; the host writes checkpoints before the schedule's step.
+- A validation that a checkpoint was written before, and that may be lost, is made up for when the run goes on.
+- Where the number of ranks or the batch changes, what that means is said.
 - Gradients that are not finite never reach the optimiser.
 """
 
@@ -44,22 +46,75 @@ class ResumableMixin:
         self._patience = _PATIENCE
         super().__init__(**config)
         # Stored with the config in every checkpoint.
-        self.config["cmd"]["world_size"] = distutils.get_world_size()
+        self.config["cmd"].update(world_size=distutils.get_world_size(), validated=0)
 
     # --- the state of a run ---------------------------------------------------------------------------------------
 
     def load_checkpoint(
         self, checkpoint_path: str, checkpoint: dict[str, Any] | None = None, inference_only: bool = False
     ) -> None:
+        if checkpoint is None:
+            checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=False)
         super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
         self._whole_steps = self.step
         if self.ema:
             self.ema.collected_params = []
+        if not inference_only:
+            # Others' checkpoints do not say up to where they were validated; no more is made of them.
+            self.config["cmd"]["validated"] = _cmd(checkpoint).get("validated", self.step)
+            if self.step and self.train_loader is not None:
+                self._say_what_changes(checkpoint)
         scheduler = getattr(self, "scheduler", None)
         if inference_only or scheduler is None or scheduler.scheduler_type in ("Null", "ReduceLROnPlateau"):
             return
         if getattr(scheduler.scheduler, "last_epoch", None) == self.step - 1:
             scheduler.step()
+
+    def _say_what_changes(self, checkpoint: dict[str, Any]) -> None:
+        """Warn where a step of this run is not a step of the checkpoint's."""
+        optim, config = self.config["optim"], checkpoint.get("config") or {}
+        now = (distutils.get_world_size(), optim.get("batch_size", 1))
+        then = (
+            _cmd(checkpoint).get("world_size") or config.get("gpus") or now[0],
+            (config.get("optim") or optim).get("batch_size", 1),
+        )
+        if now == then or not distutils.is_master():
+            return
+        size, before, length = now[0] * now[1], then[0] * then[1], len(self.train_loader)
+        text = (
+            f"the checkpoint is of {then[0]} rank(s) × optim.batch_size {then[1]} = {before} structures a step; this "
+            f"run has {now[0]} × {now[1]} = {size}. "
+        )
+        if size == before:
+            text += "Steps stay what they were, but for dropout, drop path and random edge frames"
+        else:
+            left = optim["max_epochs"] * length - self.step
+            same = f"optim.batch_size: {before // now[0]}" if before % now[0] == 0 else f"a product of {before}"
+            text += (
+                f"An epoch has {length} steps now, so step {self.step} counts as epoch {self.step / length:.4g} "
+                f"(it was {checkpoint.get('epoch', 0):.4g}) of {optim['max_epochs']}: "
+                + (f"{left} steps are left. " if left > 0 else "the run is over; raise optim.max_epochs to go on. ")
+                + "Steps are what the learning-rate schedule (with the lengths it has in the checkpoint), the moving "
+                f"average, eval_every and checkpoint_every count. As before it would be with {same}"
+            )
+        logging.warning(text)
+
+    def _make_up_for_validation(self, disable_tqdm: bool) -> None:
+        """Validate the checkpoint's step if the run stopped before that was done: the best metric counts on it."""
+        optim = self.config["optim"]
+        every = optim.get("eval_every", len(self.train_loader))
+        validated = self.config["cmd"]["validated"] == self.step
+        metric = self.evaluation_metrics.get("primary_metric")
+        if not self.step or self.step % every or validated or not self.val_loader or self.primary_metric != metric:
+            return
+        metrics = self.validate(split="val", disable_tqdm=disable_tqdm)
+        self.update_best(metric, metrics, disable_eval_tqdm=disable_tqdm)
+        if self.scheduler.scheduler_type == "ReduceLROnPlateau":
+            self.scheduler.step(metrics=metrics[metric]["metric"])
+
+    def update_best(self, *args: Any, **kwargs: Any) -> None:
+        super().update_best(*args, **kwargs)
+        self.config["cmd"]["validated"] = self.step
 
     def save(
         self, metrics: Any = None, checkpoint_file: str = "checkpoint.pt", training_state: bool = True
@@ -122,6 +177,7 @@ class ResumableMixin:
                 self.ema.collected_params = []
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
+        self._seed("validation")
         with self._averaging():
             return super().validate(*args, **kwargs)
 
@@ -137,9 +193,12 @@ class ResumableMixin:
 
     def _forward(self, batch: Any) -> dict[str, Tensor]:
         if self.model.training:
-            key = stream(self.config["cmd"]["seed"] or 0, self.step, f"random numbers of rank {distutils.get_rank()}")
-            torch.manual_seed(int(key.integers(2**63)))
+            self._seed("random numbers")
         return super()._forward(batch)
+
+    def _seed(self, what: str) -> None:
+        key = stream(self.config["cmd"]["seed"] or 0, self.step, f"{what} of rank {distutils.get_rank()}")
+        torch.manual_seed(int(key.integers(2**63)))
 
     def load_optimizer(self) -> None:
         super().load_optimizer()
@@ -178,19 +237,24 @@ class ResumableMixin:
     def _after_spoilt_step(self) -> None:
         """Called on all ranks after a step whose gradients were not finite. For subclasses that know why."""
 
-    def train(self, *args: Any, **kwargs: Any) -> None:
+    def train(self, disable_eval_tqdm: bool = False) -> None:
         if distutils.is_master() and not self.is_debug:
             # What killed processes left. No other process writes here.
             for name in ("checkpoint.pt", "best_checkpoint.pt"):
                 for part in Path(self.config["cmd"]["checkpoint_dir"]).glob(f"{_part_prefix(name)}*"):
                     part.unlink()
-        super().train(*args, **kwargs)
+        self._make_up_for_validation(disable_eval_tqdm)
+        super().train(disable_eval_tqdm)
         if self._not_finite:
             logging.warning(
                 "%d steps had gradients that are not finite and changed nothing; the first was step %d",
                 len(self._not_finite),
                 self._not_finite[0],
             )
+
+
+def _cmd(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    return (checkpoint.get("config") or {}).get("cmd") or {}
 
 
 def _part_prefix(name: str) -> str:

@@ -14,7 +14,14 @@ from tests.support import make_trainer, tiny_config
 from tests.test_pretraining import pretraining
 
 # Dropout and drop path, and the host's random edge frames.
-DROPOUT = {"alpha_drop": 0.2, "drop_path_rate": 0.2, "lmax_list": [1], "mmax_list": [1], "num_layers": 1}
+DROPOUT = {
+    "alpha_drop": 0.2,
+    "drop_path_rate": 0.2,
+    "lmax_list": [1],
+    "mmax_list": [1],
+    "num_layers": 1,
+    "num_distance_basis": 16,
+}
 RUNS = {
     "dens": lambda data: tiny_config(data, denoising={"dens": {"prob": 0.5}}),
     "scd": lambda data: tiny_config(data, denoising={"scd": {"prob": 1.0, "noise_scale": "running"}}),
@@ -32,7 +39,7 @@ def config_of(data, name="scd", **optim):
 
 
 def state_of(trainer):
-    """All that goes into the next step: weights, buffers, average, optimiser, learning rate."""
+    """All that goes into the next step: weights, buffers, average, optimiser, learning rate; the best metric."""
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     return {
         "model": dict(trainer.model.state_dict()),
@@ -43,6 +50,7 @@ def state_of(trainer):
             for key, value in values.items()
         },
         "rate": {str(i): torch.tensor(g["lr"]) for i, g in enumerate(trainer.optimizer.param_groups)},
+        "best": {"metric": torch.tensor(trainer.best_val_metric, dtype=torch.float64)},
     }
 
 
@@ -90,21 +98,23 @@ def whole(data, tmp_path_factory):
     return get
 
 
+def resumed(config, folder, path):
+    trainer = make_trainer(config, folder)
+    torch.manual_seed(1)  # whatever the random state was
+    trainer.load_checkpoint(str(path))
+    return trainer
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_stopping_and_resuming_is_never_having_stopped(name, whole, data, tmp_path):
-    """Bit for bit: at the end of an epoch, within one, and just after a validation."""
-    path = None
-    for stop in (3, 5, 7, None):
-        trainer = make_trainer(config_of(data, name), tmp_path / str(stop))
-        torch.manual_seed(stop or 0)  # whatever the random state was
-        if path is not None:
-            trainer.load_checkpoint(str(path))
-        if stop is not None:
-            stopped_at(trainer, stop)
-            path = folder_of(trainer) / "checkpoint.pt"
-            assert checkpoint.read(path)["step"] == stop - 1
-        else:
-            trainer.train(disable_eval_tqdm=True)
+    """Bit for bit: within an epoch, and just after a validation, of which the checkpoint knows nothing."""
+    trainer = make_trainer(config_of(data, name), tmp_path / "start")
+    for stop in (3, 7):
+        stopped_at(trainer, stop)
+        path = folder_of(trainer) / "checkpoint.pt"
+        assert checkpoint.read(path)["step"] == stop - 1
+        trainer = resumed(config_of(data, name), tmp_path / str(stop), path)
+    trainer.train(disable_eval_tqdm=True)
     assert trainer.step == 8
     assert_same(state_of(trainer), whole(name))
 
@@ -120,9 +130,10 @@ PLACES = {
 }
 
 
-def call_at(trainer, place, action):
+def call_at(trainer, place, action, step=None):
     """Have a trainer do something at a place in its run, and stop there."""
-    name, when, step = PLACES[place]
+    name, when, usual = PLACES[place]
+    step = step or usual
     original = getattr(trainer, name)
 
     def method(*args, **kwargs):
@@ -150,8 +161,7 @@ def test_a_checkpoint_asked_for_anywhere_is_of_a_whole_step(place, whole, data, 
     assert stored["step"] == PLACES[place][2] - (
         place in ("before the forward", "after the forward", "before the update")
     )
-    again = make_trainer(config_of(data), tmp_path / "second")
-    again.load_checkpoint(str(folder_of(trainer) / "checkpoint.pt"))
+    again = resumed(config_of(data), tmp_path / "second", folder_of(trainer) / "checkpoint.pt")
     again.train(disable_eval_tqdm=True)
     assert_same(state_of(again), whole("scd"))
 
@@ -199,6 +209,61 @@ def test_a_signal_in_the_middle_of_an_update_waits_for_its_end(data, tmp_path):
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert seen == [5]
+
+
+def test_a_schedule_that_follows_validation_is_where_it_was(data, tmp_path):
+    """ReduceLROnPlateau, stopped in a validation and right after one: what was lost of it is made up for."""
+
+    def config():
+        # "max": an error that falls is no progress, so that the rate changes.
+        config = config_of(data, "dens", scheduler="ReduceLROnPlateau", mode="max", factor=0.5, patience=0)
+        config["optim"].pop("scheduler_params")
+        config["optim"]["eval_every"] = 2
+        return config | {"trainer": "fairchem_scd.DenoisingTrainer"}
+
+    expected = make_trainer(config(), tmp_path / "whole")
+    expected.train(disable_eval_tqdm=True)
+    assert expected.optimizer.param_groups[0]["lr"] < 1e-3
+    trainer = make_trainer(config(), tmp_path / "start")
+    call_at(trainer, "in validation", lambda: None, step=4)
+    trainer = resumed(config(), tmp_path / "again", folder_of(trainer) / "checkpoint.pt")
+    stopped_at(trainer, 7)
+    trainer = resumed(config(), tmp_path / "and again", folder_of(trainer) / "checkpoint.pt")
+    trainer.train(disable_eval_tqdm=True)
+    assert trainer.scheduler.scheduler.state_dict() == expected.scheduler.scheduler.state_dict()
+    assert_same(state_of(trainer), state_of(expected))
+
+
+def test_a_validation_is_not_made_twice(data, tmp_path):
+    """A checkpoint asked for after it, as by preemption, knows of it."""
+    trainer = make_trainer(config_of(data), tmp_path)
+    call_at(trainer, "before the forward", lambda: trainer.save(), step=4)
+    again = resumed(config_of(data), tmp_path / "again", folder_of(trainer) / "checkpoint.pt")
+    assert again.step == 3
+    again.validate = None  # not to be called
+    stopped_at(again, 4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"), [(4, "epoch 1 (it was 0.5) of 2: 2 steps are left"), (8, "the run is over")]
+)
+def test_another_batch_says_what_changes_and_goes_on_to_its_end(batch, says, data, tmp_path, caplog):
+    trainer = make_trainer(config_of(data), tmp_path)
+    stopped_at(trainer, 3)
+    assert "the checkpoint is of" not in caplog.text
+    again = resumed(config_of(data), tmp_path / "same", folder_of(trainer) / "checkpoint.pt")
+    assert "the checkpoint is of" not in caplog.text
+    config = config_of(data)
+    config["optim"]["batch_size"] = batch
+    again = resumed(config, tmp_path / "other", folder_of(trainer) / "checkpoint.pt")
+    assert (
+        f"is of 1 rank(s) × optim.batch_size 2 = 2 structures a step; this run has 1 × {batch} = {batch}" in caplog.text
+    )
+    assert f"An epoch has {8 // batch} steps now, so step 2 counts as " in caplog.text
+    assert says in caplog.text
+    assert "As before it would be with optim.batch_size: 2" in caplog.text
+    again.train(disable_eval_tqdm=True)
+    assert again.step == (4 if batch == 4 else 2)
 
 
 @pytest.mark.parametrize("scheduler", ["LambdaLR", "MultiStepLR"])
