@@ -200,7 +200,7 @@ class _Run:
                 condition = self.model.embed(batch).float().cpu()
             # c of all atoms comes from the pass that the features come from; c of a part does not.
             if not returned or len(self.adapter.scalars(returned[-1])) != len(batch.pos):
-                self.model(batch)
+                self.model.features(batch)
         # The host switches gradients on inside some backbones.
         return self.adapter.scalars(returned[-1]).detach().float().cpu(), condition
 

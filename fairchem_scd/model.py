@@ -112,6 +112,14 @@ class DenoisingHydra(HydraModel):
         # A pass over nothing is one over everything.
         return made if self._tasks[name].embedded(structures).any() else torch.zeros_like(made)
 
+    def features(self, data: Any) -> Tensor:
+        """[N, C] final l = 0 features of the atoms of a batch, which `embed` makes its embedding of."""
+        adapter = self.adapter or adapter_for(self.backbone)
+        given = self._given(data, None, None)
+        with adapter.in_pass(given, ()), adapter.energy_free(), _returned_by(self.backbone) as embeddings:
+            self.backbone(data)
+        return adapter.scalars(embeddings[-1])
+
     def _run(
         self, data: Any, run: Pass, modules: nn.ModuleDict, embedding: Tensor | None
     ) -> tuple[dict[str, Any], Tensor | None]:
@@ -245,6 +253,8 @@ def _view(data: Any, run: Pass) -> Any:
     view = Batch(batch=part.batch, natoms=part.natoms.to(data.natoms), pos=run.pos[part.atoms])
     view.atomic_numbers = data.atomic_numbers[part.atoms]
     view.cell = data.cell[part.structures]
+    if "tags" in data:  # GemNet-OC's quadruplets go by them
+        view.tags = data.tags[part.atoms]
     if "pbc" in data:
         view.pbc = data.pbc.view(-1, 3)[part.structures]
     return view

@@ -56,6 +56,10 @@ class Given:
         """Scale the [n, C] l = 0 update that the message part returned."""
         return update * self._gates.pop(block).to(update.dtype)
 
+    def of(self, rows: Tensor) -> Given:
+        """The same of [m] rows instead, such as of edges by the numbers of their atoms."""
+        return Given(self._blocks, self._condition[rows], self._told[rows])
+
 
 class BlockModulation(nn.Module):
     """Shift, scale and gate of one block, of the condition c and the l = 0 features x̂ after the host's pre-norm.
