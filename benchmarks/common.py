@@ -1,4 +1,4 @@
-"""What the benchmarks share: small models of both backbones, and trainers as the host would build them."""
+"""What the benchmarks share: small models of some backbones, and trainers as the host would build them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fairchem.core.common.utils import setup_imports
 
 import fairchem_scd.plugin  # noqa: F401  (registers everything with the host)
 
-BACKBONES = ("equiformer_v2", "escn")
+BACKBONES = ("equiformer_v2", "escn", "esen", "esen_conservative")
 PLAIN = "equiformerv2_forces"
 DENOISING = "fairchem_scd.EquiformerV2DenoisingTrainer"
 
@@ -38,13 +38,13 @@ def hydra(
         "num_layers": layers,
         "sphere_channels": channels,
         "edge_channels": channels,
-        "lmax_list": [lmax],
-        "mmax_list": [min(2, lmax)],
     }
+    degrees = {"lmax_list": [lmax], "mmax_list": [min(2, lmax)]}
     if name == "equiformer_v2":
         backbone = {
             "model": "equiformer_v2_backbone",
             **shared,
+            **degrees,
             "max_radius": radius,
             "attn_hidden_channels": channels // 2,
             "num_heads": 4,
@@ -64,12 +64,30 @@ def hydra(
         backbone = {
             "model": "escn_backbone",
             **shared,
+            **degrees,
             "cutoff": radius,
             "hidden_channels": channels,
             "num_sphere_samples": 64,
             "distance_resolution": 0.05,
         }
         heads = {"energy": {"module": "escn_energy_head"}, "forces": {"module": "escn_force_head"}}
+    elif name in ("esen", "esen_conservative"):
+        backbone = {
+            "model": "esen_backbone",
+            **shared,
+            "lmax": lmax,
+            "mmax": min(2, lmax),
+            "cutoff": radius,
+            "hidden_channels": channels,
+            "num_distance_basis": 64,
+            "act_type": "gate",
+            "mlp_type": "spectral",
+            "use_envelope": True,
+            "direct_forces": name == "esen",
+        }
+        heads = {"energy": {"module": "esen_mlp_energy_head"}, "forces": {"module": "esen_linear_force_head"}}
+        if name == "esen_conservative":
+            heads = {"energy_and_forces": {"module": "esen_mlp_efs_head"}}
     else:
         raise ValueError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}")
     return {

@@ -124,7 +124,8 @@ def _build(backbone: str, layers: int, folder: str, options: argparse.Namespace)
     batch = next(iter(plain.train_loader))
     with torch.no_grad():
         graph = plain.model.backbone.generate_graph(batch.clone().to(plain.device))
-    about = f"{int(batch.natoms.sum())} atoms, {graph.edge_index.shape[1]} edges"
+    edges = graph["edge_index"] if isinstance(graph, dict) else graph.edge_index
+    about = f"{int(batch.natoms.sum())} atoms, {edges.shape[1]} edges"
     return variants, batch, about
 
 
@@ -369,7 +370,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES), help="default: both")
+    add("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES[:2]), help="default: the first two")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="beside the plain step; default: both")
     add("--layers", nargs="+", type=int, default=[4, 12], metavar="N", help="blocks of the backbone (default: 4 12)")
     add("--channels", type=int, default=32, help="channels (default: %(default)s)")

@@ -9,6 +9,7 @@ import copy
 import json
 import math
 import pickle
+import re
 from functools import cache
 
 import fairchem.core.models.equiformer_v2.equiformer_v2 as equiformer_v2
@@ -17,15 +18,16 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+import yaml
 from fairchem.core.common.registry import registry
 from fairchem.core.models.base import HydraModel
 from torch import nn
 
 from fairchem_scd import DenoisingHydra
-from fairchem_scd.backbones import modernise, twin_key
+from fairchem_scd.backbones import adapter_for, modernise, twin_key
 from fairchem_scd.compat import denoising_block
 from fairchem_scd.tasks import build_tasks
-from tests.support import BACKBONES, CONFIGS, host_config, hydra_arguments, make_trainer
+from tests.support import BACKBONES, CONFIGS, ESEN, host_config, hydra_arguments, make_trainer
 
 # --- what they say ---------------------------------------------------------------------------------------------------
 
@@ -257,6 +259,21 @@ def test_every_config_loads_and_its_block_parses(path):
     assert settings_of(host_config(path))
 
 
+def test_esen_config_is_the_published_model_with_the_12_epoch_runs_optimiser():
+    config, run = load("dens_esen_oc20"), load("dens_oc20_2m_12epochs")
+    assert config["trainer"] == "fairchem_scd.MLIPDenoisingTrainer"
+    dens = {"prob": 0.5, "std": 0.1, "coefficient": 10}
+    assert settings_of(config)["dens"].items() >= dens.items()
+    model = {"num_layers": 10, "lmax": 3, "mmax": 2, "sphere_channels": 128, "cutoff": 6.0, "num_distance_basis": 64}
+    model |= {"act_type": "gate", "mlp_type": "spectral", "use_envelope": True, "distance_function": "gaussian"}
+    assert config["model"]["backbone"].items() >= model.items()
+    block, _ = modernise(config["model"])
+    del block["name"]
+    assert round(count(DenoisingHydra(**block).parameters()) / 1e6) == 30  # eSEN-30M
+    for key in ("optim", "loss_functions", "dataset", "outputs", "evaluation_metrics"):
+        assert config[key] == run[key]
+
+
 def test_quickstart_needs_nothing_but_itself():
     config = load("quickstart")
     assert config["dataset"]["train"]["format"] == "emt_slabs"
@@ -356,9 +373,10 @@ def small(config, train, val):
     model = config["model"]
     if "finetune_config" not in model:  # whose model comes with the checkpoint
         backbone = model.get("backbone", model)
-        sizes = BACKBONES["escn" if "escn" in (backbone.get("model") or backbone["name"]) else "equiformer_v2"]
-        keys = [key for key in sizes if key.endswith("channels") or key in ("num_heads", "lmax_list")]
-        backbone.update({key: sizes[key] for key in keys}, num_layers=2, mmax_list=[2])
+        name = backbone.get("model") or backbone["name"]
+        sizes = ESEN if "esen" in name else BACKBONES["escn" if "escn" in name else "equiformer_v2"]
+        keys = ("num_heads", "lmax", "mmax", "lmax_list", "mmax_list", "num_layers")
+        backbone.update({k: size for k, size in sizes.items() if k.endswith("channels") or k in keys})
     dataset = config["dataset"]
     dataset["train"].update(train)
     dataset["val"].update(val)
@@ -397,11 +415,38 @@ def train(config, run_dir):
     return trainer, steps
 
 
-@pytest.mark.parametrize("name", ["dens_oc20_2m_12epochs", "dens_oc20_2m_30epochs", "dens_escn_oc20_2m", "add_dens"])
-def test_config_trains(name, data, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "neighbors"),
+    [
+        ("dens_oc20_2m_12epochs", 20),
+        ("dens_oc20_2m_30epochs", 20),
+        ("dens_escn_oc20_2m", 20),
+        ("dens_esen_oc20", 300),
+        ("add_dens", 20),
+    ],
+)
+def test_config_trains(name, neighbors, data, tmp_path):
     trainer, steps = train(small(load(name), *sample_data(data)), tmp_path)
     assert all(corruption.mask.any() for _, corruption, _ in steps)
-    assert trainer._unwrapped_model.backbone.max_neighbors == 20
+    assert trainer._unwrapped_model.backbone.max_neighbors == neighbors
+
+
+@pytest.mark.parametrize("block", [{}, {"scd": {}}], ids=["plain", "scd"])
+def test_esen_goes_on_to_conservative_forces_as_the_header_says(block, data, tmp_path):
+    config = small(load("dens_esen_oc20"), *sample_data(data))
+    first, _ = train(config, tmp_path / "first")
+    header = (CONFIGS / "dens_esen_oc20.yml").read_text()
+    lines = re.findall(r"^#   ((?:task|model|  ).*)", header, flags=re.MULTILINE)
+    stage = yaml.safe_load("\n".join(line for line in lines if "--num-gpus" not in line))
+    assert stage["task"] == {"denoising": {}}
+    assert stage["model"]["finetune_config"]["starting_checkpoint"] == "checkpoints/esen/best_checkpoint.pt"
+    assert "--timestamp-id esen " in header
+    stage["task"]["denoising"] = block
+    folder = first.config["cmd"]["checkpoint_dir"]
+    stage["model"]["finetune_config"]["starting_checkpoint"] = f"{folder}/best_checkpoint.pt"
+    second, steps = train({**config, **stage}, tmp_path / "second")
+    assert adapter_for(second._unwrapped_model.backbone).conservative
+    assert all((corruption is not None) == bool(block) for _, corruption, _ in steps)
 
 
 def test_all_md_config_trains_and_leaves_md_frames_alone(rows, tmp_path):
