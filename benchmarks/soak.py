@@ -34,6 +34,7 @@ from fairchem.core.common.utils import setup_imports
 
 import fairchem_scd.plugin  # noqa: F401  (registers everything with the host)
 from fairchem_scd import checkpoint
+from fairchem_scd.testing import make_trainer
 
 RUN = "soak"
 """Name of the run's folders; the same at every start, so that the host finds its checkpoint."""
@@ -49,13 +50,13 @@ def config(folder: Path, *, epochs: int, task: dict[str, Any], structures: int =
                 "format": "emt_slabs",
                 "src": str(folder / "data" / "train"),
                 "num_structures": structures,
-                "num_systems": 6,
+                "num_systems": 2,
                 "key_mapping": {"y": "energy", "force": "forces"},
                 "transforms": {
                     "normalizer": {"energy": {"mean": 5.5, "stdev": 2.5}, "forces": {"mean": 0.0, "stdev": 1.5}}
                 },
             },
-            "val": {"src": str(folder / "data" / "val"), "num_structures": 2, "num_systems": 2, "seed": 1},
+            "val": {"src": str(folder / "data" / "val"), "num_structures": 2, "num_systems": 1, "seed": 1},
         },
         "logger": "tensorboard",
         "outputs": {
@@ -120,7 +121,7 @@ def config(folder: Path, *, epochs: int, task: dict[str, Any], structures: int =
             "clip_grad_norm": 100,
             "ema_decay": 0.9,
             "checkpoint_every": every,
-            "eval_every": 4 * every,
+            "eval_every": 2 * every,
         },
     }
 
@@ -189,9 +190,12 @@ def kills(count: int, folder: Path, *, seed: int = 0, note: Callable[[str], None
             that of an uninterrupted run.
     """
     task = {"scd": {"noise_scale": "running", "prob": 0.5}, "dens": {"prob": 0.25}}
-    whole = folder / "whole"
+    size = {"epochs": 3, "structures": 4, "task": task}
+    whole, warm = folder / "whole", folder / "warm"
     whole.mkdir()
-    options, started = config(whole, epochs=2, task=task), time.monotonic()
+    # What is imported, compiled and computed once is so here, and forked with the rest.
+    make_trainer(config(warm, **size), warm).train(disable_eval_tqdm=True)
+    options, started = config(whole, **size), time.monotonic()
     status = in_a_process(lambda: train(whole, options), log=whole / "log.txt", after=None, with_signal=signal.SIGKILL)
     assert status == 0, (whole / "log.txt").read_text()[-3000:]
     took = time.monotonic() - started
@@ -202,20 +206,24 @@ def kills(count: int, folder: Path, *, seed: int = 0, note: Callable[[str], None
         here.mkdir()
         step, log = 0, here / "log.txt"
         while True:
+            started = time.monotonic()
             status = in_a_process(
-                lambda here=here: train(here, config(here, epochs=2, task=task)),
+                lambda here=here: train(here, config(here, **size)),
                 log=log,
                 after=chance.uniform(0, 1.2 * took) if tally["kills"] < count else None,
                 with_signal=chance.choice((signal.SIGKILL, signal.SIGTERM)),
             )
             if status is not None:
                 assert status == 0, f"a start after a kill failed: {log.read_text()[-3000:]}"
+                took = min(took, time.monotonic() - started)
                 break
             tally["kills"] += 1
             path = here / "checkpoints" / RUN / "checkpoint.pt"
             now = checkpoint.read(path)["step"] if path.exists() else 0  # raises where it is broken
             assert now >= step, f"the checkpoint went back from step {step} to {now}"
             tally["after steps" if now > step else "after no step" if step else "before any checkpoint"] += 1
+            if now == step:
+                took *= 1.1  # others may have made the machine slower
             step = now
             if tally["kills"] % 10 == 0:
                 note(str(tally))
