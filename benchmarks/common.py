@@ -13,7 +13,9 @@ from fairchem.core.common.utils import setup_imports
 
 import fairchem_scd.plugin  # noqa: F401  (registers everything with the host)
 
-BACKBONES = ("equiformer_v2", "escn", "esen", "esen_conservative")
+# Those whose atoms have no vector features cannot be told forces.
+SCALAR_BACKBONES = ("gemnet_t", "gemnet_t_conservative", "gemnet_oc", "dimenetplusplus")
+BACKBONES = ("equiformer_v2", "escn", "esen", "esen_conservative", *SCALAR_BACKBONES)
 PLAIN = "equiformerv2_forces"
 DENOISING = "fairchem_scd.EquiformerV2DenoisingTrainer"
 
@@ -88,6 +90,10 @@ def hydra(
         heads = {"energy": {"module": "esen_mlp_energy_head"}, "forces": {"module": "esen_linear_force_head"}}
         if name == "esen_conservative":
             heads = {"energy_and_forces": {"module": "esen_mlp_efs_head"}}
+    elif name in SCALAR_BACKBONES:
+        kind = name.removesuffix("_conservative")
+        backbone, heads = _without_vectors(kind, layers, channels, neighbors, direct=kind == name)
+        backbone |= {"model": f"{kind}_backbone", "cutoff": radius, "use_pbc_single": mixed_sizes, "otf_graph": True}
     else:
         raise ValueError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}")
     return {
@@ -97,6 +103,34 @@ def hydra(
         "backbone": backbone,
         "heads": heads,
     }
+
+
+def _without_vectors(
+    kind: str, layers: int, channels: int, neighbors: int, *, direct: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Backbone and heads of one of `SCALAR_BACKBONES`, in the proportions of the host's OC20 configs."""
+    if kind == "dimenetplusplus":
+        backbone = {"num_blocks": layers, "hidden_channels": channels, "out_emb_channels": channels}
+        backbone |= {"int_emb_size": channels // 3, "basis_emb_size": 8, "num_spherical": 7, "num_radial": 6}
+        return backbone, {"energy_and_forces": {"module": "dimenetplusplus_energy_and_force_head"}}
+    small = max(channels // 8, 4)
+    backbone = {"num_blocks": layers, "direct_forces": direct, "max_neighbors": neighbors, "num_spherical": 7}
+    backbone |= {"num_radial": 128, "num_before_skip": 1, "num_after_skip": 2, "num_concat": 1, "num_atom": 3}
+    backbone |= {"emb_size_atom": channels, "emb_size_edge": channels, "emb_size_rbf": 16, "emb_size_cbf": 16}
+    heads: dict[str, Any] = {"energy": {"module": f"{kind}_energy_and_grad_force_head"}}
+    if direct:
+        heads["forces"] = {"module": f"{kind}_force_head"}
+    if kind == "gemnet_t":
+        return backbone | {"emb_size_trip": small, "emb_size_bil_trip": small}, heads
+    sizes = {"edge": 2 * channels, "sbf": 32}
+    sizes |= {f"{part}_{way}": 2 * small for part in ("trip", "aint") for way in ("in", "out")}
+    sizes |= {"quad_in": small, "quad_out": small}
+    backbone |= {f"emb_size_{part}": size for part, size in sizes.items()} | {"num_before_skip": 2}
+    backbone |= {"max_neighbors_qint": min(8, neighbors), "max_neighbors_aeaint": min(20, neighbors)}
+    backbone |= {"max_neighbors_aint": 1000, "num_output_afteratom": 3}
+    parts = ("quad_interaction", "atom_edge_interaction", "edge_atom_interaction", "atom_interaction")
+    backbone |= dict.fromkeys(parts, True)
+    return backbone, {head: {**said, "num_global_out_layers": 2} for head, said in heads.items()}
 
 
 def training(
