@@ -79,9 +79,9 @@ def command(
 ) -> None:
     """Write to OUT what the model in CHECKPOINT makes of the structures that CONFIG names.
 
-    CHECKPOINT is of this package, pre-trained or trained with energy and forces, or of fairchem itself (EquiformerV2,
-    eSCN). CONFIG is a training config; its dataset block alone is read, and the data needs no labels. OUT ends in .npz
-    or .parquet.
+    CHECKPOINT is of this package, pre-trained or trained with energy and forces, or of fairchem itself, on any backbone
+    that this package trains. CONFIG is a training config; its dataset block alone is read, and the data needs no
+    labels. OUT ends in .npz or .parquet.
 
     For B structures with N atoms and a model with C channels, OUT holds
 
