@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Collection, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import torch
 
 from fairchem_scd.config import ConfigError, DataError
@@ -18,7 +22,7 @@ _ASE = ("ase_db", "ase_lmdb", "ase_read", "ase_read_multi")
 
 
 def check_source(key: str, dataset: Mapping[str, Any], train: Mapping[str, Any]) -> None:
-    """Check that the data of a split is there.
+    """Check that the data of a split is there, and its LMDB files whole.
 
     Args:
         key: where the split stands in the config.
@@ -27,6 +31,7 @@ def check_source(key: str, dataset: Mapping[str, Any], train: Mapping[str, Any])
 
     Raises:
         ConfigError: names the key and path, and says how to get the data.
+        DataError: names an LMDB file that was cut short.
     """
     if "src" not in dataset:
         return
@@ -49,6 +54,51 @@ def check_source(key: str, dataset: Mapping[str, Any], train: Mapping[str, Any])
         if not found:
             what = "holds no *.lmdb" if Path(path).is_dir() else "no such file or folder"
             raise ConfigError(f"{key}.src: {path}: {what}. {_how_to_get(kind)}")
+        for file in _lmdb_files(Path(path)):
+            check_whole(key, file)
+
+
+def _lmdb_files(path: Path) -> list[Path]:
+    """The files of LMDB's format, fairchem's `.aselmdb` among them, that a host dataset opens under a path."""
+    if path.is_dir():
+        return sorted(file for pattern in ("*.lmdb", "*.aselmdb") for file in path.glob(pattern))
+    found = [path] if path.is_file() else map(Path, sorted(glob.glob(str(path))))
+    return [file for file in found if file.suffix in (".lmdb", ".aselmdb")]
+
+
+def check_whole(key: str, file: Path) -> None:
+    """Check that an LMDB file was not cut short: reading beyond its end kills a process (SIGBUS), with no word.
+
+    Args:
+        key: of the split in the config.
+        file: of LMDB's format, whatever its name.
+
+    Raises:
+        DataError: it was, or is no LMDB file.
+    """
+    size = file.stat().st_size
+    try:
+        with lmdb.open(str(file), subdir=False, readonly=True, lock=False, create=False) as env:
+            needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    except lmdb.Error as error:
+        raise DataError(f"{key}.src: {file} ({size} bytes) is no whole LMDB file: {error}") from error
+    # A file may lack pages at its end that are free, where rows were deleted while it was written. That is rare, and
+    # only reading tells.
+    if size < needed and not _can_be_read(file):
+        raise DataError(f"{key}.src: {file} was cut short: it has {size} of {needed} bytes; copy or download it again")
+
+
+_READ = """
+import lmdb, sys
+with lmdb.open(sys.argv[1], subdir=False, readonly=True, lock=False) as env, env.begin(buffers=True) as view:
+    for key, value in view.cursor():
+        bytes(value[::1024]), bytes(value[-1:])
+"""
+
+
+def _can_be_read(file: Path) -> bool:
+    """Whether all of an LMDB file can be read. Where not, the process that tries is killed: it is one of its own."""
+    return subprocess.run([sys.executable, "-c", _READ, str(file)], capture_output=True).returncode == 0
 
 
 def _how_to_get(kind: str) -> str:
@@ -117,6 +167,47 @@ def check_batch(batch: Any, labels: Collection[str], max_num_elements: int | Non
         name = _name(batch, row) if per_atom else _name_of(batch, row)
         what = f"{key} of an atom is" if per_atom else f"{key} is"
         raise DataError(f"{name}: {what} not finite: {rows[row].tolist()}")
+
+
+@contextmanager
+def neighbours_needed(
+    backbone: Any, batches: Callable[[], Iterable[tuple[list[str], Any]]], advice: str
+) -> Iterator[None]:
+    """While entered, an error of a host backbone that got a batch without any edge says so. Costs nothing without one.
+
+    Args:
+        backbone: of the model that runs.
+        batches: what it got, collated, each with its structures' names; asked for only after an error.
+        advice: what to do about it.
+
+    Raises:
+        DataError: names the structures of a batch in which no atom has a neighbour.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # each backbone has its own
+        for names, batch in batches():
+            if _without_edges(backbone, batch):
+                named = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
+                raise DataError(
+                    f"{named}: no atom has a neighbour within the model's cutoff, and the host runs no batch without "
+                    f"any neighbours (here of {len(names)}); {advice}"
+                ) from error
+        raise
+
+
+def _without_edges(backbone: Any, batch: Any) -> bool:
+    try:
+        return not backbone.generate_graph(batch).edge_index.numel()
+    except Exception:  # it is the first error that matters
+        return False
+
+
+def names_of(batch: Any) -> list[str]:
+    """What messages call each structure of a batch."""
+    return [_name_of(batch, i) for i in range(len(batch.natoms))]
 
 
 def _name(row: Any, atom: int = 0) -> str:

@@ -173,17 +173,13 @@ class _Run:
         for row in rows:
             _check_row(row, self.elements)
         batch = _collated(rows).to(self.device)
+        seen = [([_named(row) for row in rows], batch)]
+        advice = "leave such structures out, or raise --batch-size"
         try:
-            scalars, condition = self._forward(batch)
+            with checks.neighbours_needed(self.model.backbone, lambda: seen, advice):
+                scalars, condition = self._forward(batch)
         except torch.cuda.OutOfMemoryError as error:
             raise ConfigError(f"out of memory with {len(rows)} structures at a time; lower --batch-size") from error
-        except RuntimeError as error:
-            if self.model.backbone.generate_graph(batch).edge_index.numel():
-                raise
-            raise DataError(
-                f"{_named(rows[0])}: no atom has a neighbour within the model's cutoff, and the host runs no batch "
-                f"without any neighbours (here of {len(rows)}); leave such structures out, or raise --batch-size"
-            ) from error
         for i, (row, own) in enumerate(zip(rows, scalars.split([len(row.pos) for row in rows]), strict=True)):
             if not bool(own.isfinite().all()):
                 raise DataError(f"{_named(row)}: its features are not finite")

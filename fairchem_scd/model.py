@@ -124,7 +124,7 @@ class DenoisingHydra(HydraModel):
         self, data: Any, run: Pass, modules: nn.ModuleDict, embedding: Tensor | None
     ) -> tuple[dict[str, Any], Tensor | None]:
         """The outputs of one pass, and the embedding [B, C] it made of the structures, if any."""
-        view = _view(data, run)
+        view = view_of(data, run)
         heads = [*self.output_heads.values()] if run.outputs else []
         heads += [modules["noise_head"]] if run.noise else []
         given = self._given(view, _of_part(run.told, run.part), _of_part(embedding, run.part), modules)
@@ -243,7 +243,7 @@ def _with_zero_gradients(out: dict[str, Any], parameters: list[nn.Parameter]) ->
     }
 
 
-def _view(data: Any, run: Pass) -> Any:
+def view_of(data: Any, run: Pass) -> Any:
     """The batch as a pass sees it."""
     if run.part is None:
         view = copy.copy(data)

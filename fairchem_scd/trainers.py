@@ -35,7 +35,7 @@ from fairchem_scd.data.cell_repeats import RepeatedCells, check_outputs
 from fairchem_scd.data.guarded import Guarded, check_row
 from fairchem_scd.data.numbered import Numbered, named
 from fairchem_scd.losses import Noted, Parts, Ranks
-from fairchem_scd.model import handed
+from fairchem_scd.model import handed, view_of
 from fairchem_scd.resumable import ResumableMixin
 from fairchem_scd.step import Step
 from fairchem_scd.tasks import NOISE, VALIDATION, Plan, Task, TaskDraw, build_tasks, structures_of
@@ -248,12 +248,22 @@ class DenoisingMixin(ResumableMixin):
         if not self.model.training and self._validating and self.self_supervised:
             judge = next(task for task in self.tasks.values() if task.settings.prob)
             self._step = self._begin(batch, judge, 0, VALIDATION)
-        if self._step is None:
-            return super()._forward(batch)
-        with handed(self.model, self._step.plan) as returned:
-            out = super()._forward(batch)
+        advice = "leave such structures out, or raise optim.batch_size and optim.eval_batch_size"
+        with checks.neighbours_needed(self._unwrapped_model.backbone, partial(self._views, batch), advice):
+            if self._step is None:
+                return super()._forward(batch)
+            with handed(self.model, self._step.plan) as returned:
+                out = super()._forward(batch)
         self._step.noise = returned[NOISE].float()
         return out
+
+    def _views(self, batch: Any) -> Iterator[tuple[list[str], Any]]:
+        """The batch and its parts as the model's passes saw them, with the names of their structures."""
+        names = checks.names_of(batch)
+        yield names, batch
+        for run in self._step.plan.passes if self._step is not None else ():
+            if run.part is not None:
+                yield [names[i] for i in run.part.structures.tolist()], view_of(batch, run)
 
     def _begin(self, batch: Any, task: Task | None, seed: int, step: int) -> Step | None:
         """Corrupt the batch for a task, all on the CPU, before anything is moved to the device."""

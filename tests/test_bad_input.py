@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
+import shutil
 
 import lmdb
 import pytest
 import torch
+from fairchem.core.common.registry import registry
+from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone
 
+from fairchem_scd.checks import check_whole
 from fairchem_scd.config import ConfigError, DataError
 from fairchem_scd.data.emt_slabs import write_emt_slabs
 from tests.support import make_trainer, tiny_config
@@ -34,6 +39,11 @@ def config_on(tmp_path, source, **dens):
     config["dataset"]["train"].update(format="lmdb", src=str(source))
     config["dataset"]["val"] = {}
     return config
+
+
+@registry.register_model("strange_backbone")
+class StrangeBackbone(EquiformerV2Backbone):
+    """One that this package does not know."""
 
 
 def set_fixed(i, row):
@@ -89,6 +99,171 @@ def test_a_row_the_sample_missed_is_named_when_it_comes(change, tmp_path, monkey
     with pytest.raises(DataError, match=r"structure sid/fid \d+/[235]:"):
         trainer.train(disable_eval_tqdm=True)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+# --- rows: what counts as bad, and what the setting does ------------------------------------------------------------
+
+
+def nan_position(row):
+    row.pos[0, 2] = float("nan")
+
+
+def infinite_force(row):
+    row.force[1, 0] = float("-inf")
+
+
+def nan_energy(row):
+    row.y = float("nan")
+
+
+def same_spot(row):
+    row.pos[3] = row.pos[7] + 0.001
+
+
+def no_atoms(row):
+    for key in ("pos", "force", "atomic_numbers", "tags", "fixed"):
+        row[key] = row[key][:0]
+    row.natoms = 0
+
+
+BAD = {
+    "NaN force": (lambda row: nan_force(2, row), "forces of an atom is not finite"),
+    "infinite force": (infinite_force, "forces of an atom is not finite"),
+    "NaN position": (nan_position, "pos of an atom is not finite"),
+    "NaN energy": (nan_energy, "energy is not finite"),
+    "two atoms on one spot": (same_spot, "atoms 3 and 7 are on the same spot"),
+    "no atoms": (no_atoms, "a structure without atoms"),
+    "no pickle": (None, "cannot be read: UnpicklingError"),
+}
+
+
+def with_a_bad_row(folder, kind):
+    """Sample data of eight rows, one of a kind of BAD where the sample before training misses it."""
+    change = BAD[kind][0]
+    source = rewritten(folder, lambda i, row: change(row) if i == 3 and change else None)
+    if change is None:
+        with lmdb.open(str(source / "data.lmdb"), subdir=False) as db, db.begin(write=True) as transaction:
+            transaction.put(b"3", b"no pickle")
+    return source
+
+
+def small(config):
+    config["model"]["backbone"].update(num_layers=1, lmax_list=[1], mmax_list=[1], num_distance_basis=16)
+    return config
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_row_stops_the_run_with_its_name_before_the_weights_are_touched(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("fairchem_scd.data.guarded._SAMPLE", 2)
+    config = small(config_on(tmp_path, with_a_bad_row(tmp_path, kind)))
+    config["optim"]["batch_size"] = 8
+    trainer = make_trainer(config, tmp_path)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    with pytest.raises(DataError, match=rf"dataset\.train, row 3: .*{BAD[kind][1]}.*on_bad_data: skip"):
+        trainer.train(disable_eval_tqdm=True)
+    assert trainer.step == 1
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_row_is_left_out_and_counted_at_the_end(kind, tmp_path, caplog):
+    config = small(config_on(tmp_path, with_a_bad_row(tmp_path, kind)))
+    config["task"]["denoising"]["on_bad_data"] = "skip"
+    trainer = make_trainer(config, tmp_path)
+    trainer.train(disable_eval_tqdm=True)
+    assert trainer.step == 2
+    assert re.search(rf"left out: dataset\.train, row 3: .*{BAD[kind][1]}", caplog.text)
+    assert "1 times a bad row was left out, and the next good one stood in for it" in caplog.text
+    assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+
+
+def one_atom(row):
+    for key in ("pos", "force", "atomic_numbers", "tags", "fixed"):
+        row[key] = row[key][-1:]
+    row.natoms = 1
+
+
+def apart(row):
+    row.cell = row.cell * 20
+    row.pos = row.pos * 20
+
+
+@pytest.mark.parametrize("change", [lambda row: row.fixed.fill_(1), one_atom, apart], ids=["fixed", "atom", "apart"])
+@pytest.mark.parametrize("setting", ["stop", "skip"])
+def test_no_free_atom_one_atom_and_no_neighbour_are_not_bad(setting, change, tmp_path, caplog):
+    """They train what they have: energy, and forces where atoms are free. What cannot be denoised is counted."""
+    source = rewritten(tmp_path, lambda i, row: change(row) if i in (2, 5) else None)
+    config = small(config_on(tmp_path, source))
+    config["task"]["denoising"] = {"scd": {}, "on_bad_data": setting}
+    trainer = make_trainer(config, tmp_path)
+    trainer.train(disable_eval_tqdm=True)
+    assert trainer.step == 2
+    assert "bad row" not in caplog.text
+    assert ("2 structures had nothing to denoise" in caplog.text) == (change is not apart)
+    assert "not finite" not in caplog.text
+    assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ["equiformer_v2", "escn"])
+@pytest.mark.parametrize("denoising", [{"dens": {"prob": 0.0}}, {"scd": {}}], ids=["ordinary", "scd"])
+def test_a_batch_without_any_neighbours_names_its_structures(denoising, name, tmp_path):
+    source = rewritten(tmp_path, lambda i, row: apart(row))
+    config = config_on(tmp_path, source)
+    config["model"] = tiny_config(tmp_path, name)["model"]
+    config["task"]["denoising"] = denoising
+    trainer = make_trainer(config, tmp_path)
+    with pytest.raises(DataError, match=r"structure sid/fid \d+/\d, .*: no atom has a neighbour .*4\); .*batch_size"):
+        trainer.train(disable_eval_tqdm=True)
+
+
+def test_parts_without_any_neighbours_name_their_structures(data, tmp_path):
+    """The batch as a whole has edges."""
+    config = tiny_config(data, denoising={"scd": {"embed_tags": [0, 1], "denoise_tags": [2]}})
+    config["model"]["backbone"]["max_radius"] = 0.9  # within it only an adsorbate's atoms
+    trainer = make_trainer(config, tmp_path)
+    with pytest.raises(DataError, match=r"structure sid/fid \d+/\d.*: no atom has a neighbour"):
+        trainer.train(disable_eval_tqdm=True)
+
+
+def test_another_error_of_the_model_stays_what_it_is(data, tmp_path, monkeypatch):
+    trainer = make_trainer(small(tiny_config(data)), tmp_path)
+    monkeypatch.setattr(trainer._unwrapped_model, "forward", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train(disable_eval_tqdm=True)
+
+
+@pytest.mark.parametrize("setting", ["stop", "skip"])
+@pytest.mark.parametrize("place", ["a file", "the middle of a folder"])
+def test_an_lmdb_that_was_cut_short_is_named_before_training(place, setting, tmp_path):
+    """Reading it would end the process by SIGBUS."""
+    source = rewritten(tmp_path, lambda i, row: None)
+    if place == "a file":
+        source = broken = source / "data.lmdb"
+    else:
+        for name in ("a.lmdb", "b.lmdb", "c.lmdb"):
+            shutil.copy(source / "data.lmdb", source / name)
+        broken = source / "b.lmdb"
+    config = config_on(tmp_path, source)
+    config["task"]["denoising"]["on_bad_data"] = setting
+    for size in (broken.stat().st_size // 2, 4096, 0):
+        os.truncate(broken, size)
+        with pytest.raises(DataError, match=rf"dataset\.train\.src: .*{broken.name}.*\W{size} (of \d+ )?bytes"):
+            make_trainer(config, tmp_path)
+
+
+def test_an_lmdb_that_lacks_free_pages_alone_is_whole(tmp_path):
+    """As files end up in which rows were deleted while they were written."""
+    path = tmp_path / "data.lmdb"
+    with lmdb.open(str(path), subdir=False, map_size=2**24) as db:
+        for _ in range(3):
+            with db.begin(write=True) as transaction:
+                for i in range(40):
+                    transaction.put(f"{i}".encode(), bytes(9000))
+                for i in range(20, 40):
+                    transaction.delete(f"{i}".encode())
+    with lmdb.open(str(path), subdir=False, readonly=True, lock=False) as db:
+        assert path.stat().st_size < (db.info()["last_pgno"] + 1) * db.stat()["psize"]
+    check_whole("dataset.train", path)
 
 
 def test_all_atoms_makes_wholly_fixed_data_trainable(tmp_path):
@@ -153,8 +328,8 @@ def test_an_unknown_output_in_train_outputs_is_an_error(data, tmp_path):
     [
         ({"regress_forces": False}, r"regress_forces is false"),
         (
-            {"model": "painn_backbone"},
-            r"no adapter for .*PaiNN.*known backbones: equiformer_v2_backbone, escn",
+            {"model": "strange_backbone"},
+            r"no adapter for .*StrangeBackbone; known backbones: .*equiformer_v2_backbone, escn",
         ),
         ({"model": "equiformerv2"}, r"unknown 'equiformerv2'; known backbones: "),
         ({"otf_graph": False}, r"otf_graph is false"),
