@@ -15,7 +15,7 @@ import fairchem_scd.plugin  # noqa: F401  (registers everything with the host)
 
 # Those whose atoms have no vector features cannot be told forces.
 SCALAR_BACKBONES = ("gemnet_t", "gemnet_t_conservative", "gemnet_oc", "dimenetplusplus")
-BACKBONES = ("equiformer_v2", "escn", "esen", "esen_conservative", *SCALAR_BACKBONES)
+BACKBONES = ("equiformer_v2", "escn", "esen", "esen_conservative", "painn", *SCALAR_BACKBONES)
 PLAIN = "equiformerv2_forces"
 DENOISING = "fairchem_scd.EquiformerV2DenoisingTrainer"
 
@@ -90,6 +90,11 @@ def hydra(
         heads = {"energy": {"module": "esen_mlp_energy_head"}, "forces": {"module": "esen_linear_force_head"}}
         if name == "esen_conservative":
             heads = {"energy_and_forces": {"module": "esen_mlp_efs_head"}}
+    elif name == "painn":
+        names = ("use_pbc", "use_pbc_single", "otf_graph", "max_neighbors", "num_layers")
+        backbone = {"model": "painn_backbone", **{key: shared[key] for key in names}}
+        backbone |= {"hidden_channels": channels, "num_rbf": 128, "cutoff": radius}
+        heads = {"energy": {"module": "painn_energy_head"}, "forces": {"module": "painn_force_head"}}
     elif name in SCALAR_BACKBONES:
         kind = name.removesuffix("_conservative")
         backbone, heads = _without_vectors(kind, layers, channels, neighbors, direct=kind == name)
