@@ -200,7 +200,9 @@ def neighbours_needed(
 
 def _without_edges(backbone: Any, batch: Any) -> bool:
     try:
-        return not backbone.generate_graph(batch).edge_index.numel()
+        graph = backbone.generate_graph(batch)
+        edges = graph["edge_index"] if isinstance(graph, dict) else graph.edge_index  # eSEN's is a dict
+        return not edges.numel()
     except Exception:  # it is the first error that matters
         return False
 
