@@ -291,7 +291,7 @@ class DenoisingBlock(_Block):
     on_bad_data: Literal["stop", "skip"] = Field(
         "stop",
         description="a row that cannot be read or trained on ends the run, named, or is left out and counted, and the "
-        "next good one stands in for it",
+        "next good one stands in for it; docs/long-runs.md says what counts as bad",
     )
     drop_path: DropPathSettings | None = Field(None, description="a schedule for the backbone's drop path")
     repeat_cells: CellRepeatSettings | None = Field(None, description="repeat small periodic cells in training")
