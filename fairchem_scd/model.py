@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from fairchem_scd.backbones import Adapter, adapter_for
+from fairchem_scd.backbones.edge_vector import EdgeVectorHead
 from fairchem_scd.conditions import ConditionHead, Given, Modulation
 from fairchem_scd.config import ConfigError
 from fairchem_scd.tasks import NOISE, Part, Pass, Plan, build_tasks, structures_of
@@ -47,7 +48,7 @@ class DenoisingHydra(HydraModel):
         self.adapter: Adapter | None = adapter_for(self.backbone) if tasks else None
         if self.adapter is not None:
             # Also of a backbone that came with a checkpoint to fine-tune from.
-            keys = ("regress_forces", "otf_graph", "lmax_list")
+            keys = ("regress_forces", "direct_forces", "otf_graph", "use_pbc", "lmax_list")
             self.adapter.check({key: getattr(self.backbone, key) for key in keys if hasattr(self.backbone, key)})
         if getattr(self.backbone, "use_pbc_single", False) and any(
             getattr(task.settings, "parts", None) for task in tasks.values()
@@ -227,7 +228,7 @@ def undecayed(model: HydraModel, *, legacy: bool, self_supervised: bool) -> set[
     if not legacy:
         names |= set(HydraModel.no_weight_decay(model))
     for prefix, module in model.named_modules():
-        if isinstance(module, (ConditionHead, Modulation)):
+        if isinstance(module, (ConditionHead, Modulation, EdgeVectorHead)):
             vectors = (name for name, p in module.named_parameters() if p.dim() < 2)
             names |= {f"{prefix}.{name}" for name in vectors}
     return names
