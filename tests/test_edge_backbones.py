@@ -251,7 +251,7 @@ def test_parts_are_graphs_of_their_own(name):
 @pytest.mark.parametrize("name", ["gemnet_t", "gemnet_oc"])
 def test_a_scale_file_is_read_as_in_the_host_and_its_factors_stay(name, tmp_path):
     claims = CLAIMS[name]
-    scales = {m.name or key: m for key, m in claims.plain().backbone.named_modules() if isinstance(m, ScaleFactor)}
+    scales = _scale_factors(claims.plain().backbone)
     values = {key: 0.5 + i / len(scales) for i, key in enumerate(scales)}
     (tmp_path / "scales.json").write_text(json.dumps(values))
     made = type(claims)()
@@ -259,13 +259,17 @@ def test_a_scale_file_is_read_as_in_the_host_and_its_factors_stay(name, tmp_path
     plain, model, batch = made.plain(), stirred(made.ours(SCD)), made.batch()
     plan, _ = plan_of(batch, SCD)
     gradients(model, batch, plan)
-    kept = {m.name or key: float(m.scale_factor) for key, m in model.backbone.named_modules() if key and key in scales}
-    kept |= {m.name: float(m.scale_factor) for m in model.backbone.modules() if isinstance(m, ScaleFactor) and m.name}
-    assert kept == pytest.approx(values)
+    assert _scale_factors(model.backbone) == pytest.approx(values)
     for each in (model(copy.deepcopy(batch)), run(model, batch, plan)):
         for key, value in run(plain, batch).items():
             assert torch.equal(each[key], value), key
     assert not torch.allclose(run(claims.plain(), batch)["forces"], value, rtol=0.1)
+
+
+def _scale_factors(backbone: torch.nn.Module) -> dict[str, float]:
+    """By the names that a scale file has for them."""
+    found = {key: module for key, module in backbone.named_modules() if isinstance(module, ScaleFactor)}
+    return {module.name or key: float(module.scale_factor) for key, module in found.items()}
 
 
 # --- gradients of gradients -------------------------------------------------------------------------------------------
@@ -389,3 +393,39 @@ def test_pre_training_moves_what_it_trains_and_its_backbone_is_plain_fairchem(na
     weights = dict(plain.backbone.named_parameters())
     for key, p in model.backbone.named_parameters():
         assert torch.equal(weights[key], p), key
+
+
+@pytest.mark.parametrize("name", ["gemnet_t", "gemnet_oc"])
+def test_an_export_holds_the_average_whole_and_needs_no_scale_file(name, data, tmp_path):
+    """A part of GemNet's modules has two names each, and its scale factors came from a file."""
+    claims, scales = CLAIMS[name], tmp_path / "scales.json"
+    scales.write_text(json.dumps(dict.fromkeys(_scale_factors(claims.plain().backbone), 1.5)))
+    arguments = claims.arguments()
+    arguments["backbone"]["scale_file"] = str(scales)
+    trainer = make_trainer(training_config(data, arguments, SCD), tmp_path)
+    trainer.train(disable_eval_tqdm=True)
+    stored = checkpoint.read(Path(trainer.config["cmd"]["checkpoint_dir"]) / "checkpoint.pt")
+    exported = {each: checkpoint.export(stored, weights=each) for each in ("raw", "ema")}
+    scales.unlink()
+    model = trainer._unwrapped_model
+    names = [key for key, p in model.named_parameters() if p.requires_grad]
+    average = dict(zip(names, trainer.ema.shadow_params, strict=True))
+    assert any(not torch.equal(average[key], p) for key, p in model.named_parameters() if key in average)
+    for each, expected in (("raw", dict(model.named_parameters())), ("ema", average)):
+        config = exported[each]["config"]["model"]
+        plain = HydraModel(**{key: value for key, value in config.items() if key != "name"})
+        plain.load_state_dict({key.removeprefix("module."): v for key, v in exported[each]["state_dict"].items()})
+        assert set(_scale_factors(plain.backbone).values()) == {1.5}
+        for key, p in plain.named_parameters():
+            assert torch.equal(p, expected.get(key, model.get_parameter(key))), (each, key)
+
+
+@pytest.mark.parametrize("name", ["gemnet_t", "gemnet_oc", "dimenetplusplus"])
+def test_a_converted_model_decays_what_its_one_piece_model_did(name):
+    block = {"name": name, **{key: value for key, value in CLAIMS[name].backbone.items() if key != "model"}}
+    original, twin = _built(block), _built({**modernise(block)[0], "denoising": SCD})
+    spared = twin.no_weight_decay()
+    host = {key for key in spared if not key.startswith("denoising.")}
+    assert host == {twin_key(key) for key in original.no_weight_decay()}
+    added = dict(twin.denoising.named_parameters(prefix="denoising"))
+    assert {key for key, p in added.items() if p.dim() < 2} == spared - host

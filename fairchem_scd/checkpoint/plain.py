@@ -125,6 +125,8 @@ def _plain_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         )
     for key in ("denoising", "legacy_weight_decay"):
         block.pop(key, None)
+    # Scale factors are among the weights; the host would want the file they came from wherever it builds the model.
+    block["backbone"].pop("scale_file", None)
     task = {key: value for key, value in (config.get("task") or {}).items() if key != "denoising"}
     return {**config, "task": task, "model": {**block, "name": "hydra"}}
 

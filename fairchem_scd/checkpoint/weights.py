@@ -85,4 +85,9 @@ def inference_weights(
     values = checkpoint["ema"]["shadow_params"]
     if len(names) != len(values) or any(raw[n].shape != v.shape for n, v in zip(names, values, strict=True)):
         raise ConfigError("the checkpoint's moving average does not fit its weights; take --weights raw")
-    return {**raw, **dict(zip(names, values, strict=True))}
+    # A module may lie in the model under two names, and either of them is the last to be loaded.
+    same: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        same.setdefault(id(p), []).append(name)
+    averaged = dict(zip(names, values, strict=True))
+    return {**raw, **{other: averaged[name] for name in names for other in same[id(parameters[name])]}}
