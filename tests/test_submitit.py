@@ -33,7 +33,7 @@ def options(path, folder):
 def test_a_preempted_job_is_resubmitted_and_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     """submitit's own executor and signal; the job's `checkpoint()` falls wherever training is."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    tiny = config(tmp_path, epochs=12, task={"scd": {"noise_scale": "running", "prob": 0.5}}, every=1)
+    tiny = config(tmp_path, epochs=12, task={"scd": {"noise_scale": "running", "prob": 0.5}}, every=4)
     (tmp_path / "config.yml").write_text(yaml.safe_dump(tiny))
     executor = LocalExecutor(tmp_path / "jobs")
     executor.update_parameters(timeout_min=10)
