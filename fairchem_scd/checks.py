@@ -131,19 +131,42 @@ def check_sample(split: str, tasks: Mapping[str, Task], rows: Sequence[Any]) -> 
         task.check_sample([structures_of(row) for row in rows], f"sampled from dataset.{split}")
 
 
+def check_periodicity(split: str, rows: Sequence[Any]) -> None:
+    """Check that a sample of the data is periodic in the same directions: the host asks a batch's first alone.
+
+    Args:
+        split: its key under `dataset`.
+        rows: of a dataset.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    found = {tuple(torch.as_tensor(row.pbc).view(-1).bool().tolist()): row for row in rows if "pbc" in row}
+    if len(found) > 1:
+        said = "; ".join(f"{_name(row)} {list(pbc)}" for pbc, row in found.items())
+        raise ConfigError(
+            f"dataset.{split}: structures are not periodic in the same directions ({said}), and the host makes the "
+            "graphs of a batch by the pbc of its first; keep them in data sets of their own, or set "
+            "model.backbone.use_pbc_single: true"
+        )
+
+
 def labels_needed(tasks: Mapping[str, Task], outputs: Collection[str]) -> dict[str, str]:
     """For each label that is trained on or told, what asks for it; what else the data holds is not looked at."""
     needed = {label: f"task.denoising.{task.name}" for task in tasks.values() for label in task.labels}
     return {**{name: f"outputs.{name}" for name in outputs}, **needed}
 
 
-def check_batch(batch: Any, labels: Collection[str], max_num_elements: int | None) -> None:
+def check_batch(
+    batch: Any, labels: Collection[str], max_num_elements: int | None, elements_key: str | None = "max_num_elements"
+) -> None:
     """Check a batch or row on the CPU.
 
     Args:
         batch: collated, or one row.
         labels: names of those that are used.
-        max_num_elements: size of the model's table of elements, if it has one.
+        max_num_elements: one more than the highest atomic number that the model knows, if it has a table of them.
+        elements_key: the backbone's argument for that, if it has one.
 
     Raises:
         DataError: an element beyond the model's table, or positions or labels that are not finite.
@@ -152,8 +175,9 @@ def check_batch(batch: Any, labels: Collection[str], max_num_elements: int | Non
     if max_num_elements is not None and int(elements.max()) >= max_num_elements:
         atom = int(elements.argmax())
         raise DataError(
-            f"{_name(batch, atom)}: element {int(elements[atom])} is beyond the model's table; "
-            f"raise model.backbone.max_num_elements (now {max_num_elements})"
+            f"{_name(batch, atom)}: element {int(elements[atom])} is beyond the model's table, which ends at "
+            f"{max_num_elements - 1}; "
+            + (f"raise model.backbone.{elements_key}" if elements_key else "this backbone's cannot be made longer")
         )
     for key in ("pos", "cell", *sorted(labels)):
         values = getattr(batch, key, None)
@@ -171,12 +195,13 @@ def check_batch(batch: Any, labels: Collection[str], max_num_elements: int | Non
 
 @contextmanager
 def neighbours_needed(
-    backbone: Any, batches: Callable[[], Iterable[tuple[list[str], Any]]], advice: str
+    backbone: Any, batches: Callable[[], Iterable[tuple[list[str], Any]]], advice: str, *, lone: bool = True
 ) -> Iterator[None]:
     """While entered, an error of a host backbone that got a batch without any edge says so. Costs nothing without one.
 
     Args:
         backbone: of the model that runs.
+        lone: it runs a structure without any edge beside others.
         batches: what it got, collated, each with its structures' names; asked for only after an error.
         advice: what to do about it.
 
@@ -189,22 +214,24 @@ def neighbours_needed(
         raise
     except Exception as error:  # each backbone has its own
         for names, batch in batches():
-            if _without_edges(backbone, batch):
-                named = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
+            without = _without_edges(backbone, batch)
+            if len(without) == len(names) or (without and not lone):
+                named = ", ".join(names[i] for i in without[:4]) + (" …" if len(without) > 4 else "")
+                what = f"no batch without any neighbours (here of {len(names)})" if lone else "no structure without any"
                 raise DataError(
-                    f"{named}: no atom has a neighbour within the model's cutoff, and the host runs no batch without "
-                    f"any neighbours (here of {len(names)}); {advice}"
+                    f"{named}: no atom has a neighbour within the model's cutoff, and the host runs {what}; {advice}"
                 ) from error
         raise
 
 
-def _without_edges(backbone: Any, batch: Any) -> bool:
+def _without_edges(backbone: Any, batch: Any) -> list[int]:
+    """The structures of a batch that have no edge."""
     try:
         graph = backbone.generate_graph(batch)
         edges = graph["edge_index"] if isinstance(graph, dict) else graph.edge_index  # eSEN's is a dict
-        return not edges.numel()
+        return sorted(set(range(len(batch.natoms))) - set(batch.batch[edges[1]].tolist()))
     except Exception:  # it is the first error that matters
-        return False
+        return []
 
 
 def names_of(batch: Any) -> list[str]:

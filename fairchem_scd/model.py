@@ -48,7 +48,7 @@ class DenoisingHydra(HydraModel):
         self.adapter: Adapter | None = adapter_for(self.backbone) if tasks else None
         if self.adapter is not None:
             # Also of a backbone that came with a checkpoint to fine-tune from.
-            keys = ("regress_forces", "direct_forces", "otf_graph", "use_pbc", "lmax_list")
+            keys = ("regress_forces", "direct_forces", "otf_graph", "use_pbc", "lmax_list", "quad_interaction")
             self.adapter.check({key: getattr(self.backbone, key) for key in keys if hasattr(self.backbone, key)})
         if getattr(self.backbone, "use_pbc_single", False) and any(
             getattr(task.settings, "parts", None) for task in tasks.values()

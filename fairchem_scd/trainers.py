@@ -131,6 +131,8 @@ class DenoisingMixin(ResumableMixin):
             if loader is not None:  # whose dataset is as batches will be: named, and with cells repeated
                 rows = loader.dataset.sample(skip=self.denoising.on_bad_data == "skip")
                 checks.check_sample(split, self.tasks, rows)
+                if not getattr(self._unwrapped_model.backbone, "use_pbc_single", False):
+                    checks.check_periodicity(split, rows)
 
     def load_loss(self) -> None:
         super().load_loss()
@@ -148,14 +150,22 @@ class DenoisingMixin(ResumableMixin):
         return super().get_dataloader(dataset, sampler, workers)
 
     def _row_check(self, split: str) -> Callable[[Any], None]:
-        batch_size = self.config["optim"].get("batch_size", 1)
+        backbone, batch_size = self._unwrapped_model.backbone, self.config["optim"].get("batch_size", 1)
+        adapter = adapter_for(backbone)
+        if split == "val":
+            batch_size = self.config["optim"].get("eval_batch_size", batch_size)
+        alone = "with optim.batch_size: 1 nothing else does" if batch_size == 1 else ""
+        if not adapter.lone_structures:
+            alone = f"{adapter.names[0]} runs no structure without any"
         return partial(
             check_row,
             split=split,
             needed=checks.labels_needed(self.tasks, self.output_targets),
-            max_num_elements=adapter_for(self._unwrapped_model.backbone).max_num_elements,
-            cutoff=getattr(self._unwrapped_model.backbone, "cutoff", None),
-            alone=(self.config["optim"].get("eval_batch_size", batch_size) if split == "val" else batch_size) == 1,
+            max_num_elements=adapter.max_num_elements,
+            elements_key=adapter.elements_key,
+            use_pbc=getattr(backbone, "use_pbc", True),
+            cutoff=getattr(backbone, "cutoff", None),
+            alone=alone,
         )
 
     def load_extras(self) -> None:
@@ -248,8 +258,10 @@ class DenoisingMixin(ResumableMixin):
         if not self.model.training and self._validating and self.self_supervised:
             judge = next(task for task in self.tasks.values() if task.settings.prob)
             self._step = self._begin(batch, judge, 0, VALIDATION)
-        advice = "leave such structures out, or raise optim.batch_size and optim.eval_batch_size"
-        with checks.neighbours_needed(self._unwrapped_model.backbone, partial(self._views, batch), advice):
+        backbone = self._unwrapped_model.backbone
+        lone = adapter_for(backbone).lone_structures
+        advice = "leave such structures out" + (", or raise optim.batch_size and optim.eval_batch_size" if lone else "")
+        with checks.neighbours_needed(backbone, partial(self._views, batch), advice, lone=lone):
             if self._step is None:
                 return super()._forward(batch)
             with handed(self.model, self._step.plan) as returned:

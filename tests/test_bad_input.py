@@ -13,10 +13,12 @@ import torch
 from fairchem.core.common.registry import registry
 from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone
 
-from fairchem_scd.checks import check_whole
+from fairchem_scd.checks import check_periodicity, check_whole
 from fairchem_scd.config import ConfigError, DataError
 from fairchem_scd.data.emt_slabs import write_emt_slabs
-from tests.support import make_trainer, tiny_config
+from fairchem_scd.data.guarded import nearest_images
+from tests.support import make_trainer, slabs, tiny_config
+from tests.test_backbones import TestPaiNN as PaiNN
 
 
 def rewritten(folder, change):
@@ -79,7 +81,7 @@ def infinite_position(i, row):
         (set_fixed, ConfigError, r"dens: every atom of the 8 structures .* is fixed.*all_atoms: true"),
         (drop_forces, ConfigError, r"dens needs the label 'forces'.*its keys: .*key_mapping"),
         (drop_fixed, ConfigError, r"does not say which atoms are fixed"),
-        (heavy_atom, DataError, r"structure sid/fid \d+/5: element 95 is beyond.*max_num_elements \(now 90\)"),
+        (heavy_atom, DataError, r"structure sid/fid \d+/5: element 95 is beyond.*ends at 89; .*max_num_elements"),
         (nan_force, DataError, r"structure sid/fid \d+/2: forces of an atom is not finite: \[.*nan.*\]"),
         (infinite_position, DataError, r"structure sid/fid \d+/7: pos of an atom is not finite"),
     ],
@@ -223,6 +225,80 @@ def test_parts_without_any_neighbours_name_their_structures(data, tmp_path):
     trainer = make_trainer(config, tmp_path)
     with pytest.raises(DataError, match=r"structure sid/fid \d+/\d.*: no atom has a neighbour"):
         trainer.train(disable_eval_tqdm=True)
+
+
+# --- backbones that run no structure without neighbours --------------------------------------------------------------
+
+
+def painn(tmp_path, change, denoising):
+    """A run on PaiNN whose rows 2 and 5 are changed."""
+    config = config_on(tmp_path, rewritten(tmp_path, lambda i, row: change(row) if i in (2, 5) else None))
+    config["model"] = {"name": "hydra", "otf_graph": True, **PaiNN().arguments()}
+    config["task"]["denoising"] = denoising
+    return config
+
+
+def test_a_lone_structure_is_bad_data_where_the_host_runs_none(tmp_path, caplog):
+    for setting in ("stop", "skip"):
+        folder = tmp_path / setting
+        folder.mkdir()
+        config = painn(folder, apart, {"scd": {}, "on_bad_data": setting})
+        if setting == "stop":
+            with pytest.raises(
+                DataError, match=r"row 2: no atom has a neighbour.*painn_backbone runs no structure without"
+            ):
+                make_trainer(config, folder)
+            continue
+        trainer = make_trainer(config, folder)
+        trainer.train(disable_eval_tqdm=True)
+        assert trainer.step == 2
+        assert re.search(r"\d times a bad row was left out", caplog.text)
+
+
+def test_a_lone_part_is_named_where_the_host_runs_none(tmp_path):
+    def spread(row):
+        distance = nearest_images(row)
+        row.tags.fill_(1)
+        row.tags[list(divmod(int(distance.nan_to_num(posinf=0).argmax()), len(distance)))] = 2
+
+    config = painn(tmp_path, spread, {"scd": {"embed_tags": [1], "denoise_tags": [2], "all_atoms": True}})
+    config["model"]["backbone"]["cutoff"] = 3.2
+    trainer = make_trainer(config, tmp_path)
+    with pytest.raises(DataError, match=r"^structure sid/fid \d+/\d: no atom.*runs no structure without any"):
+        trainer.train(disable_eval_tqdm=True)
+
+
+def test_an_element_beyond_the_table_names_the_key_of_the_backbone(tmp_path):
+    config = painn(tmp_path, lambda row: None, {"scd": {}})
+    config["model"]["backbone"]["num_elements"] = 10
+    with pytest.raises(DataError, match=r"is beyond.*ends at 10; raise model\.backbone\.num_elements"):
+        make_trainer(config, tmp_path)
+
+
+def test_periodic_and_other_structures_in_one_data_set_are_refused(tmp_path):
+    rows = slabs(3)
+    check_periodicity("train", rows)
+    rows[1].pbc = torch.tensor([True, True, False])
+    with pytest.raises(ConfigError, match=r"dataset\.train: structures are not periodic in the same directions"):
+        check_periodicity("train", rows)
+
+    def change(i, row):
+        row.pbc = torch.tensor([True, True, i not in (2, 5)])
+
+    config = config_on(tmp_path, rewritten(tmp_path, change))
+    with pytest.raises(ConfigError, match="not periodic in the same directions"):
+        make_trainer(config, tmp_path)
+    config["model"]["backbone"]["use_pbc_single"] = True
+    make_trainer(small(config), tmp_path).train(disable_eval_tqdm=True)
+
+
+def test_where_graphs_are_not_periodic_a_cell_makes_no_images():
+    row = slabs(1)[0]
+    row.pos, row.atomic_numbers = torch.tensor([[0.0, 0, 0], [1.0, 0, 0]]), torch.tensor([6.0, 8.0])
+    row.cell = torch.eye(3)[None]
+    del row.pbc
+    assert float(nearest_images(row).min()) == 0
+    assert float(nearest_images(row, use_pbc=False).min()) == 1
 
 
 def test_another_error_of_the_model_stays_what_it_is(data, tmp_path, monkeypatch):

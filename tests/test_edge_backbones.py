@@ -17,7 +17,7 @@ from fairchem.core.common.registry import registry
 from fairchem.core.models.base import HydraModel
 from fairchem.core.modules.scaling import ScaleFactor
 
-from fairchem_scd import DenoisingHydra, checkpoint
+from fairchem_scd import ConfigError, DenoisingHydra, checkpoint
 from fairchem_scd.backbones import modernise, twin_key
 from fairchem_scd.backbones.edge_vector import EdgeVectorHead
 from fairchem_scd.tasks import NOISE, Plan
@@ -143,6 +143,36 @@ CLAIMS = {
     "gemnet_oc conservative": TestConservativeGemNetOC(),
     "dimenetplusplus": TestDimeNetPlusPlus(),
 }
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gemnet_t conservative", "gemnet_oc conservative", "dimenetplusplus"])
+def test_energies_alone_train_with_denoising_and_no_derivatives(name, tmp_path):
+    claims = CLAIMS[name]
+    config = claims.config(tmp_path, {"scd": {"prob": 0.5}, "noisy_nodes": {"prob": 0.5}})
+    config["model"]["backbone"]["regress_forces"] = False
+    config.update(outputs={"energy": {"level": "system"}}, loss_functions=[{"energy": {"fn": "mae", "coefficient": 1}}])
+    config["evaluation_metrics"] = {"primary_metric": "energy_mae", "metrics": {"energy": ["mae"]}}
+    trainer = make_trainer(config, tmp_path)
+    trainer.train(disable_eval_tqdm=True)
+    assert trainer.step == 2
+    assert not trainer._unwrapped_model.adapter.conservative
+
+
+@pytest.mark.parametrize("name", ["gemnet_t", "gemnet_oc"])
+def test_direct_forces_without_their_head_are_refused(name):
+    claims = CLAIMS[name]
+    heads = {"energy": claims.heads["energy"]}
+    with pytest.raises(ConfigError, match=r"direct_forces is true.*set it to false"):
+        modernise({"name": "hydra", "backbone": dict(claims.backbone), "heads": heads})
+
+
+def test_quadruplets_in_a_conservative_model_are_warned_of(caplog):
+    backbone = {**GEMNET_OC_GRADIENT, "quad_interaction": True}
+    modernise({"name": "hydra", "backbone": backbone, "heads": {"energy": GEMNET_OC_HEADS["energy"]}})
+    assert "quad_interaction" in caplog.text
 
 
 # --- the head ---------------------------------------------------------------------------------------------------------

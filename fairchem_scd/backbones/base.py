@@ -26,6 +26,9 @@ class Adapter(ABC):
             each with the twin's heads.
         moved: modules of those models that lie in one of the twin's heads, and in which.
         dropped: arguments of those models that the twin has no use for, with the only value that loses nothing.
+        vectors_need_forces: `vector_head` works only in a backbone that was built with regress_forces.
+        lone_structures: the backbone runs batches in which a structure has no edge, though another has.
+        elements_key: the argument that sizes its table of elements; None: it cannot be changed.
     """
 
     host_class: ClassVar[type[nn.Module]]
@@ -33,6 +36,9 @@ class Adapter(ABC):
     one_piece: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
     moved: ClassVar[Mapping[str, str]] = {"energy_block": "energy", "force_block": "forces"}
     dropped: ClassVar[Mapping[str, Any]] = {}
+    vectors_need_forces: ClassVar[bool] = True
+    lone_structures: ClassVar[bool] = True
+    elements_key: ClassVar[str | None] = "max_num_elements"
 
     def __init__(self, backbone: nn.Module) -> None:
         self.backbone = backbone
@@ -40,7 +46,7 @@ class Adapter(ABC):
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
         """Raise ConfigError where the backbone's arguments rule out denoising. Called before the model is built."""
-        if config.get("regress_forces", True) is False:
+        if cls.vectors_need_forces and config.get("regress_forces", True) is False:
             raise ConfigError("model.backbone.regress_forces is false: denoising predicts vectors; set it to true")
         if config.get("otf_graph", True) is False:
             raise ConfigError(
@@ -52,6 +58,11 @@ class Adapter(ABC):
                 "model.backbone.use_pbc is false: graphs without periodic boundaries need torch_cluster, which is not "
                 "installed; set it to true and give the data a large cell or pbc: False (docs/molecules.md)"
             )
+
+    @classmethod
+    def check_heads(cls, config: Mapping[str, Any], heads: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise ConfigError where heads leave parts of a backbone with those arguments without a gradient."""
+        return
 
     @classmethod
     def twin_heads(cls, name: str, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -22,6 +22,8 @@ class DimeNetPlusPlusAdapter(Adapter):
     names = ("dimenetplusplus_backbone",)
     one_piece = {"dimenetplusplus": {"energy": {"module": "dimenetplusplus_energy_and_force_head"}}}
     moved = {}
+    vectors_need_forces = False
+    elements_key = None
 
     def vector_head(self) -> nn.Module:
         return EdgeVectorHead(self.scalar_channels)

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
-from fairchem.core.models.gemnet.gemnet import GemNetTBackbone
-from fairchem.core.models.gemnet_oc.gemnet_oc import GemNetOCBackbone, GemNetOCForceHead
+from fairchem.core.common.registry import registry
+from fairchem.core.models.gemnet.gemnet import GemNetTBackbone, GemNetTEnergyAndGradForceHead
+from fairchem.core.models.gemnet_oc.gemnet_oc import (
+    GemNetOCBackbone,
+    GemNetOCEnergyAndGradForceHead,
+    GemNetOCForceHead,
+)
 from torch import Tensor, nn
 
 from fairchem_scd.backbones.base import Adapter, register_adapter
 from fairchem_scd.backbones.edge_vector import EdgeVectorHead
 from fairchem_scd.backbones.hooks import hooked, replaced
 from fairchem_scd.conditions import Given
+from fairchem_scd.config import ConfigError
 
 
 class _GemNetAdapter(Adapter):
     """What both have: atoms' features h, which edges read and which are updated from edges."""
 
     moved = {}
+    vectors_need_forces = lone_structures = False
+    elements_key = "num_elements"
+    energy_head: ClassVar[type[nn.Module]]
+
+    @classmethod
+    def check_heads(cls, config: Mapping[str, Any], heads: Mapping[str, Mapping[str, Any]]) -> None:
+        # The blocks that direct forces are read from belong to the backbone.
+        modules = {registry.get_model_class(head["module"]) for head in heads.values() if "module" in head}
+        if config.get("direct_forces", False) and modules == {cls.energy_head}:
+            raise ConfigError(
+                "model.backbone.direct_forces is true, and no head of model.heads predicts forces: parameters would "
+                "have no gradient; set it to false for energies alone, or add the force head"
+            )
 
     def vector_head(self) -> nn.Module:
         return EdgeVectorHead(self.backbone.edge_emb.dense.linear.out_features)
@@ -66,7 +86,7 @@ class _GemNetAdapter(Adapter):
 
 @register_adapter
 class GemNetTAdapter(_GemNetAdapter):
-    host_class = GemNetTBackbone
+    host_class, energy_head = GemNetTBackbone, GemNetTEnergyAndGradForceHead
     names = ("gemnet_t_backbone",)
     one_piece = {"gemnet_t": {"energy": {"module": "gemnet_t_energy_and_grad_force_head"}}}
 
@@ -96,10 +116,20 @@ class GemNetTAdapter(_GemNetAdapter):
 
 @register_adapter
 class GemNetOCAdapter(_GemNetAdapter):
-    host_class = GemNetOCBackbone
+    host_class, energy_head = GemNetOCBackbone, GemNetOCEnergyAndGradForceHead
     names = ("gemnet_oc_backbone",)
     one_piece = {"gemnet_oc": {"energy": {"module": "gemnet_oc_energy_and_grad_force_head"}}}
     moved = {"out_mlp_E": "energy", "out_energy": "energy", "out_mlp_F": "forces", "out_forces": "forces"}
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any]) -> None:
+        super().check(config)
+        gradient = config.get("regress_forces", True) and not config.get("direct_forces", False)
+        if gradient and config.get("quad_interaction"):
+            logging.warning(
+                "model.backbone.quad_interaction with direct_forces: false: the host's derivatives are not finite "
+                "where four atoms lie on a line, as in crystals and slabs; set it to false there"
+            )
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__(backbone)

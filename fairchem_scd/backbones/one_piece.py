@@ -142,5 +142,6 @@ def _check_backbone(model: dict[str, Any]) -> None:
     adapter: type[Adapter] = adapter_class(host_class)
     otf_graph = model.setdefault("otf_graph", True)
     adapter.check({"otf_graph": otf_graph, **backbone})
+    adapter.check_heads(backbone, model.get("heads") or {})
     # eSCN's own default is the data's graph.
     backbone["otf_graph"] = True

@@ -24,6 +24,8 @@ class PaiNNAdapter(Adapter):
     names = ("painn_backbone",)
     one_piece = {"painn": {"energy": {"module": "painn_energy_head"}, "forces": {"module": "painn_force_head"}}}
     moved = {"out_energy": "energy", "out_forces": "forces"}
+    vectors_need_forces = lone_structures = False
+    elements_key = "num_elements"
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__(backbone)

@@ -98,7 +98,15 @@ class Guarded(Dataset):
 
 
 def check_row(
-    row: Any, split: str, needed: Mapping[str, str], *, max_num_elements: int | None, cutoff: float | None, alone: bool
+    row: Any,
+    split: str,
+    needed: Mapping[str, str],
+    *,
+    max_num_elements: int | None,
+    elements_key: str | None,
+    use_pbc: bool,
+    cutoff: float | None,
+    alone: str,
 ) -> None:
     """Raise ConfigError or DataError for a row that cannot be trained on.
 
@@ -107,8 +115,10 @@ def check_row(
         split: its key in the config.
         needed: for each label that is trained on or told, what asks for it.
         max_num_elements: see `check_batch`.
+        elements_key: likewise.
+        use_pbc: the model's graphs are periodic.
         cutoff: within which the model sees neighbours, Å.
-        alone: the row is a batch by itself, which the host cannot run without any edge.
+        alone: why the host cannot run the row without any edge; "" where it can.
     """
     if not len(row.pos):
         raise DataError("a structure without atoms")
@@ -119,37 +129,37 @@ def check_row(
                 f"name labels by dataset.{split}.key_mapping (y: energy, force: forces), ASE databases read them with "
                 f"dataset.{split}.a2g_args.r_{label}: true"
             )
-    check_batch(row, needed, max_num_elements)
-    distance = nearest_images(row)
+    check_batch(row, needed, max_num_elements, elements_key)
+    distance = nearest_images(row, use_pbc)
     if len(distance) > 1 and float(distance.min()) < _SAME_SPOT:
         first, second = divmod(int(distance.argmin()), len(distance))
         raise DataError(f"atoms {min(first, second)} and {max(first, second)} are on the same spot")
-    if alone and cutoff is not None and not _has_neighbours(row, distance, cutoff):
-        raise DataError(f"no atom has a neighbour within {cutoff:g} Å, and with optim.batch_size: 1 nothing else does")
+    if alone and cutoff is not None and not _has_neighbours(row, distance, cutoff, use_pbc):
+        raise DataError(f"no atom has a neighbour within {cutoff:g} Å, and {alone}")
 
 
-def nearest_images(row: Any) -> Tensor:
+def nearest_images(row: Any, use_pbc: bool = True) -> Tensor:
     """[N, N] distances by the minimum image convention in fractional coordinates, Å; infinite on the diagonal.
 
-    Exact where they are small against the cell, and never too small.
+    Exact where they are small against the cell, and never too small. Without `use_pbc` there are no images.
     """
     vectors = row.pos[:, None] - row.pos[None]
     cell = row.cell.view(3, 3).to(row.pos) if getattr(row, "cell", None) is not None else None
     if cell is not None and float(torch.linalg.det(cell).abs()) > 0:
         fractional = vectors @ torch.linalg.inv(cell)
-        vectors = (fractional - fractional.round() * _periodic(row)) @ cell
+        vectors = (fractional - fractional.round() * _periodic(row, use_pbc)) @ cell
     return vectors.norm(dim=-1).fill_diagonal_(torch.inf)
 
 
-def _periodic(row: Any) -> Tensor:
-    pbc = getattr(row, "pbc", None)
+def _periodic(row: Any, use_pbc: bool) -> Tensor:
+    pbc = getattr(row, "pbc", None) if use_pbc else (False, False, False)
     return torch.as_tensor(pbc).view(-1)[:3].to(row.pos) if pbc is not None else torch.ones(3)
 
 
-def _has_neighbours(row: Any, distance: Tensor, cutoff: float) -> bool:
+def _has_neighbours(row: Any, distance: Tensor, cutoff: float, use_pbc: bool) -> bool:
     if float(distance.min()) < cutoff:
         return True
     cell = row.cell.view(3, 3).numpy() if getattr(row, "cell", None) is not None else None
-    periodic = _periodic(row).bool().numpy() if cell is not None else False
+    periodic = _periodic(row, use_pbc).bool().numpy() if cell is not None else False
     atoms = Atoms(row.atomic_numbers.view(-1).numpy(), row.pos.numpy(), cell=cell, pbc=periodic)
     return len(neighbor_list("i", atoms, cutoff)) > 0
