@@ -14,6 +14,7 @@ collective call is noted. The kinds of calls do not depend on the size of the mo
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -119,7 +120,7 @@ def calls_of_steps(folder: Path) -> dict[str, Calls]:
     Raises:
         AssertionError: the second rank makes others.
     """
-    mp.start_processes(_rank_main, (folder,), nprocs=2, start_method="spawn")
+    mp.start_processes(_rank_main, (folder,), nprocs=2, start_method="fork")
     first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert first == second, "ranks that make different calls"
     return first
@@ -135,6 +136,7 @@ def call_rows(calls: Mapping[str, Calls]) -> list[str]:
 
 
 def _rank_main(rank: int, folder: Path) -> None:
+    gc.freeze()  # the parent's garbage may wait for threads that were not forked
     use_threads(1)
     logging.getLogger().setLevel(logging.ERROR)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)

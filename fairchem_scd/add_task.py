@@ -17,6 +17,7 @@ from fairchem.core.common.utils import UniqueKeyLoader, find_relative_file_in_pa
 
 from fairchem_scd import plugin, pretraining  # noqa: F401 (the plug-in registers with the host)
 from fairchem_scd.backbones import modernise
+from fairchem_scd.backbones.base import adapter_class
 from fairchem_scd.compat import denoising_block
 from fairchem_scd.config import ConfigError
 from fairchem_scd.tasks import build_tasks
@@ -230,9 +231,13 @@ def _check(config: dict[str, Any], task: str, asked: Mapping[str, Any]) -> tuple
     """Check the config as the trainer will; return the share of each task, and whether it pre-trains."""
     if not isinstance(config.get("model"), Mapping):
         raise ConfigError("model: missing; the config names no model to train")
-    _, dens = modernise(config["model"])
+    model, dens = modernise(config["model"])
     alone = pretraining.is_self_supervised(config.get("outputs"), config.get("loss_functions"))
     tasks, _ = build_tasks(denoising_block(config["task"], config.get("optim") or {}, dens), supervised=not alone)
+    if model.get("backbone") and any(built.tells_forces for built in tasks.values()):
+        cannot = adapter_class(registry.get_model_class(model["backbone"]["model"])).cannot_tell_forces()
+        if cannot is not None:
+            raise cannot
     shares = {name: built.settings.prob for name, built in tasks.items()}
     if not shares[task] and "prob" not in asked:
         others = ", ".join(f"{name} {share:g}" for name, share in shares.items() if share)

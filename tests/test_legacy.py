@@ -211,7 +211,8 @@ def test_one_clear_error_before_the_model_is_built(block, said, data, tmp_path, 
 
 
 def test_every_known_backbone_is_a_model_of_the_host():
-    assert known_backbones() == [
+    # Those of the package: a test of third parties registers its own.
+    assert [name for name in known_backbones() if "." not in name] == [
         "dimenetplusplus_backbone",
         "equiformer_v2_backbone",
         "escn_backbone",
@@ -220,7 +221,7 @@ def test_every_known_backbone_is_a_model_of_the_host():
         "gemnet_t_backbone",
         "painn_backbone",
     ]
-    for name in known_backbones():
+    for name in [name for name in known_backbones() if "." not in name]:
         assert registry.get_model_class(name).__module__.startswith("fairchem.core.models")
 
 

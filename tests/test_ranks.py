@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def stir(model: Any) -> None:
 
 
 def rank_main(rank: int, folder: Path) -> None:
+    gc.freeze()  # the parent's garbage may wait for threads that were not forked
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     results = {
         (case, split): one_step(folder, *CASES[case], chosen[rank], f"{case}-{split}-rank{rank}")
@@ -85,7 +87,7 @@ def rank_main(rank: int, folder: Path) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each of two ranks got, by case and split."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(rank_main, (folder,), nprocs=2, start_method="spawn")
+    mp.start_processes(rank_main, (folder,), nprocs=2, start_method="fork")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

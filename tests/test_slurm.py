@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -65,9 +66,15 @@ def until(reached: Callable[[], Any], what: Callable[[], str], seconds: float = 
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Path]:
+def folder() -> Iterator[Path]:
+    """For a SLURM, the names of whose sockets are to be short; pytest's folders have long ones."""
+    with tempfile.TemporaryDirectory(prefix="slurm") as made:
+        yield Path(made) / "one"
+
+
+@pytest.fixture
+def cluster(folder: Path) -> Iterator[Path]:
     """Folder of a SLURM of two nodes that runs for as long as the test does."""
-    folder = tmp_path / "slurm"
     try:
         # A grace period that a busy machine needs; the job leaves as soon as it can.
         assert call(CLUSTER, "start", folder, NODES="2", CPUS="1", GRACE="120") == str(folder / "slurm.conf")
@@ -117,6 +124,7 @@ class Job:
     def wait(self, reached: Callable[[], Any]) -> None:
         def over() -> bool:
             done = reached()
+            assert "launch_failed" not in self.says("Reason"), self.end()
             assert done or self.says("JobState") not in ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), self.end()
             return bool(done)
 
@@ -239,8 +247,7 @@ def test_a_job_that_is_interrupted_ends_where_an_uninterrupted_run_does(events, 
 
 
 @needs_slurm
-def test_a_cluster_stops_what_it_started_and_no_more(tmp_path):
-    folder = tmp_path / "slurm"
+def test_a_cluster_stops_what_it_started_and_no_more(folder, tmp_path):
     try:
         conf = call(CLUSTER, "start", folder)
         first = running(folder)
@@ -265,7 +272,7 @@ def test_a_cluster_stops_what_it_started_and_no_more(tmp_path):
 
 
 @needs_slurm
-def test_sbatch_takes_the_slurm_block_of_the_example(tmp_path):
+def test_sbatch_takes_the_slurm_block_of_the_example(folder, tmp_path):
     """The job that `--submit` would submit, as its header says, up to where it would be queued."""
     config = host_config(ROOT / "configs" / "slurm.yml")
     text = _make_sbatch_string(
@@ -283,7 +290,6 @@ def test_sbatch_takes_the_slurm_block_of_the_example(tmp_path):
         assert f"#SBATCH {line}\n" in text
     script = tmp_path / "job.sh"
     script.write_text(text)
-    folder = tmp_path / "slurm"
     try:
         conf = call(CLUSTER, "start", folder, NODES="2", CPUS="80", GPUS="8")
         call("sbatch", "--test-only", script, SLURM_CONF=conf)
@@ -291,14 +297,14 @@ def test_sbatch_takes_the_slurm_block_of_the_example(tmp_path):
         call(CLUSTER, "stop", folder)
 
 
-def test_a_cluster_says_which_packages_it_needs(tmp_path):
+def test_a_cluster_says_which_packages_it_needs(folder, tmp_path):
     bin = tmp_path / "bin"
     bin.mkdir()
     for name in ("bash", "mkdir", "cat", "hostname", "id"):
         (bin / name).symlink_to(shutil.which(name))
     script = CLUSTER.read_text().replace(":/usr/sbin:/sbin", "")
     done = subprocess.run(
-        ["bash", "-c", script, "cluster", "start", tmp_path / "slurm"],
+        ["bash", "-c", script, "cluster", "start", folder],
         env={"PATH": str(bin)},
         capture_output=True,
         text=True,
@@ -306,16 +312,17 @@ def test_a_cluster_says_which_packages_it_needs(tmp_path):
     )
     assert done.returncode == 1
     assert "apt-get install slurmctld slurmd slurm-client munge" in done.stderr
-    assert not list((tmp_path / "slurm").iterdir())
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("option", ["--submit", "--num-gpus=2", "--num-nodes=2"])
 def test_a_rank_leaves_the_number_of_ranks_to_slurm(option, monkeypatch):
     words = [str(SLURM / "rank.py"), "--mode", "train", "--config-yml", "none.yml", option]
     monkeypatch.setattr(sys, "argv", words)
-    before = signal.getsignal(signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit, match="--ntasks-per-node"):
             runpy.run_path(words[0], run_name="__main__")
     finally:
-        signal.signal(signal.SIGUSR2, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

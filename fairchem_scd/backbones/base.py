@@ -83,8 +83,15 @@ class Adapter(ABC):
         Raises:
             ConfigError: its atoms have no features that turn with the structure.
         """
-        raise ConfigError(
-            f"task.denoising: {self.names[0]} has no vector features that forces could be told by, as dens does and "
+        raise self.cannot_tell_forces()
+
+    @classmethod
+    def cannot_tell_forces(cls) -> ConfigError | None:
+        """The reason; None if it can."""
+        if cls.encoding_spec is not Adapter.encoding_spec:
+            return None
+        return ConfigError(
+            f"task.denoising: {cls.names[0]} has no vector features that forces could be told by, as dens does and "
             "scd with condition: [forces]; scd with its default condition and noisy_nodes work there"
         )
 

@@ -233,6 +233,11 @@ class Task(ABC):
         """Labels the data must carry."""
         return frozenset()
 
+    @property
+    def tells_forces(self) -> bool:
+        """Whether a pass is told forces, which takes a backbone with vector features."""
+        return False
+
     def check(self, outputs: Collection[str], trained: Collection[str]) -> None:  # noqa: B027 (optional)
         """Check the config against what the task trains.
 

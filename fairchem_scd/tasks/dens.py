@@ -27,6 +27,10 @@ class Dens(Task):
     def labels(self) -> frozenset[str]:
         return frozenset({"forces"} | ({"stress"} if self.settings.max_stress_norm is not None else set()))
 
+    @property
+    def tells_forces(self) -> bool:
+        return self.settings.force_encoding or self.settings.sigma_encoding
+
     def check(self, outputs: Collection[str], trained: Collection[str]) -> None:
         for key, names in (("outputs", outputs), ("loss_functions", trained)):
             if "forces" not in names:
@@ -39,7 +43,7 @@ class Dens(Task):
     def modules(self, backbone: Backbone) -> nn.ModuleDict:
         modules = nn.ModuleDict({"noise_head": backbone.vector_head()})
         s = self.settings
-        if s.force_encoding or s.sigma_encoding:
+        if self.tells_forces:
             modules["encoding"] = ForceEncoding(
                 **backbone.encoding_spec, forces=s.force_encoding, sigma=s.sigma_encoding
             )

@@ -37,6 +37,10 @@ class Scd(Task):
         forces = {"forces"} if "forces" in s.condition else set()
         return frozenset(forces | ({"tags"} if s.embed_tags or s.denoise_tags else set()))
 
+    @property
+    def tells_forces(self) -> bool:
+        return "forces" in self.settings.condition
+
     def check(self, outputs: Collection[str], trained: Collection[str]) -> None:
         if self.supervised and self.settings.embed_tags is None and self.settings.std_reg:
             raise ConfigError(
@@ -71,7 +75,7 @@ class Scd(Task):
             modules["modulation"] = Modulation(
                 channels, backbone.num_modulated, null=s.null_condition, gate_bound=s.gate_bound
             )
-        if "forces" in s.condition:
+        if self.tells_forces:
             modules["encoding"] = ForceEncoding(**backbone.encoding_spec)
         if self._runs_scale:
             modules["scale"] = RunningScale(math.sqrt(sum(sigma**2 for sigma in s.sigmas) / len(s.sigmas)))
