@@ -129,11 +129,12 @@ class ResumableMixin:
         folder = Path(self.config["cmd"]["checkpoint_dir"])
         part = folder / f"{_part_prefix(checkpoint_file)}{os.getpid()}"
         try:
-            with self._after_whole_step() if training_state else self._averaging():
+            # A handler may store a checkpoint of its own, under the same name, and end the process: after this one.
+            with _deferred_signals(), self._after_whole_step() if training_state else self._averaging():
                 super().save(metrics, part.name, training_state)
-            _to_disk(part)
-            part.replace(folder / checkpoint_file)
-            _to_disk(folder)
+                _to_disk(part)
+                part.replace(folder / checkpoint_file)
+                _to_disk(folder)
         except (OSError, RuntimeError) as error:  # torch.save raises either
             part.unlink(missing_ok=True)
             raise OSError(

@@ -26,6 +26,8 @@ SMALLER = {
     r"max_epochs: \d+": "max_epochs: 1",
     r"(sphere_channels|edge_channels|ffn_hidden_channels): 32": r"\1: 8",
     r"max_radius: 6.0": "max_radius: 4.0",
+    r"num_layers: 2": "num_layers: 1",
+    r"(lmax_list|mmax_list): \[2\]": r"\1: [1]",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -353,3 +354,32 @@ def test_a_run_that_has_diverged_ends(data, tmp_path, monkeypatch):
     trainer._compute_loss = lambda out, batch: compute(out, batch) * torch.nan
     with pytest.raises(RuntimeError, match=r"3 steps in a row, up to step 3, .* diverged"):
         trainer.train(disable_eval_tqdm=True)
+
+
+def test_a_checkpoint_asked_for_while_one_is_written_is_whole(data, tmp_path):
+    """A signal's handler stores one and ends the process, in the middle of writing another to the same file."""
+
+    class Signalled:
+        """What pickling comes across half-way."""
+
+        def __reduce__(self):
+            os.kill(os.getpid(), signal.SIGUSR2)
+            return int, ()
+
+    trainer = make_trainer(config_of(data), tmp_path)
+    trainer.step = trainer._whole_steps = 3
+
+    def stop(*_):
+        trainer.save(checkpoint_file="checkpoint.pt")
+        sys.exit(75)
+
+    before = signal.signal(signal.SIGUSR2, stop)
+    try:
+        with pytest.raises(SystemExit):
+            trainer.save(metrics={"": Signalled()}, checkpoint_file="checkpoint.pt")
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    stored = checkpoint.read(folder_of(trainer) / "checkpoint.pt")
+    assert stored["step"] == 3
+    assert stored["state_dict"].keys() == trainer.model.state_dict().keys()
+    assert not [path.name for path in folder_of(trainer).iterdir() if ".part-" in path.name]

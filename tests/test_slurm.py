@@ -202,9 +202,8 @@ def uninterrupted(config: Path, folder: Path) -> dict[str, Any]:
 
 
 @needs_slurm
-@pytest.mark.parametrize(
-    "events", [["preempted"], pytest.param(["killed", "preempted", "requeued"], marks=pytest.mark.slow)], ids="-".join
-)
+@pytest.mark.slow  # minutes, most of them for starting Python
+@pytest.mark.parametrize("events", [["preempted"], ["killed", "preempted", "requeued"]], ids="-".join)
 def test_a_job_that_is_interrupted_ends_where_an_uninterrupted_run_does(events, cluster, tmp_path):
     """Killed without notice it goes back to a checkpoint; preempted or requeued, it stores the step it is at."""
     config = write_config(tmp_path)

@@ -361,7 +361,7 @@ def test_zero_warmup_steps_mean_no_warmup_on_the_other_base(data, tmp_path):
     trainer.train(disable_eval_tqdm=True)
 
 
-@pytest.mark.parametrize("name", ["equiformer_v2", "escn"])
+@pytest.mark.parametrize("name", ["equiformer_v2", pytest.param("escn", marks=pytest.mark.slow)])
 def test_the_branch_is_alive(name, data, tmp_path):
     """After a short training the noise of held-out frames is told from the forces of the right original."""
     config = tiny_config(data, name, {"dens": {"prob": 1.0, "std": 0.15, "corrupt_ratio": None, "coefficient": 100}})
