@@ -14,7 +14,6 @@ collective call is noted. The kinds of calls do not depend on the size of the mo
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,9 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fairchem.core.common.utils import load_config
 from torch import Tensor, nn
 
@@ -33,6 +30,7 @@ from benchmarks.common import DENOISING, PLAIN, hydra, make_trainer, training, u
 from benchmarks.step_cost import step
 from fairchem_scd import pretraining
 from fairchem_scd.model import DenoisingHydra
+from fairchem_scd.testing import on_ranks
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PUBLISHED = ("dens_oc20_2m_12epochs", "dens_oc20_all_md")
@@ -120,8 +118,7 @@ def calls_of_steps(folder: Path) -> dict[str, Calls]:
     Raises:
         AssertionError: the second rank makes others.
     """
-    mp.start_processes(_rank_main, (folder,), nprocs=2, start_method="fork")
-    first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = on_ranks(2, folder, lambda _: _calls_of_kinds(folder))
     assert first == second, "ranks that make different calls"
     return first
 
@@ -135,14 +132,9 @@ def call_rows(calls: Mapping[str, Calls]) -> list[str]:
     return rows
 
 
-def _rank_main(rank: int, folder: Path) -> None:
-    gc.freeze()  # the parent's garbage may wait for threads that were not forked
-    use_threads(1)
+def _calls_of_kinds(folder: Path) -> dict[str, Calls]:
     logging.getLogger().setLevel(logging.ERROR)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.save({name: _calls_of_step(folder, *kind) for name, kind in STEPS.items()}, folder / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return {name: _calls_of_step(folder, *kind) for name, kind in STEPS.items()}
 
 
 def _calls_of_step(folder: Path, denoising: dict[str, Any] | None, supervised: bool) -> Calls:

@@ -14,6 +14,7 @@ from typing import Any
 import lmdb
 import torch
 
+from fairchem_scd.backbones import adapter_for
 from fairchem_scd.config import ConfigError, DataError
 from fairchem_scd.tasks import Task, identities, structures_of
 
@@ -195,15 +196,14 @@ def check_batch(
 
 @contextmanager
 def neighbours_needed(
-    backbone: Any, batches: Callable[[], Iterable[tuple[list[str], Any]]], advice: str, *, lone: bool = True
+    backbone: Any, batches: Callable[[], Iterable[tuple[list[str], Any]]], sizes: str
 ) -> Iterator[None]:
     """While entered, an error of a host backbone that got a batch without any edge says so. Costs nothing without one.
 
     Args:
         backbone: of the model that runs.
-        lone: it runs a structure without any edge beside others.
         batches: what it got, collated, each with its structures' names; asked for only after an error.
-        advice: what to do about it.
+        sizes: what sets the number of structures in a batch.
 
     Raises:
         DataError: names the structures of a batch in which no atom has a neighbour.
@@ -214,10 +214,11 @@ def neighbours_needed(
         raise
     except Exception as error:  # each backbone has its own
         for names, batch in batches():
-            without = _without_edges(backbone, batch)
+            without, lone = _without_edges(backbone, batch), adapter_for(backbone).lone_structures
             if len(without) == len(names) or (without and not lone):
                 named = ", ".join(names[i] for i in without[:4]) + (" …" if len(without) > 4 else "")
                 what = f"no batch without any neighbours (here of {len(names)})" if lone else "no structure without any"
+                advice = "leave such structures out" + (f", or raise {sizes}" if lone else "")
                 raise DataError(
                     f"{named}: no atom has a neighbour within the model's cutoff, and the host runs {what}; {advice}"
                 ) from error

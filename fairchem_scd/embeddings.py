@@ -164,7 +164,6 @@ class _Run:
         self.model, self.device, self.condition, self.tags = model, device, condition, tags
         self.adapter: Adapter = adapter_for(model.backbone)
         self.elements = self.adapter.max_num_elements
-        self.lone = self.adapter.lone_structures
         # A graph for each structure by itself: in one of several, max_neighbors chooses otherwise among neighbours at
         # equal distances. What the host takes structures out of for that is not a batch of parts.
         model.backbone.use_pbc_single = tags is None
@@ -175,9 +174,8 @@ class _Run:
             _check_row(row, self.elements)
         batch = _collated(rows).to(self.device)
         seen = [([_named(row) for row in rows], batch)]
-        advice = "leave such structures out" + (", or raise --batch-size" if self.lone else "")
         try:
-            with checks.neighbours_needed(self.model.backbone, lambda: seen, advice, lone=self.lone):
+            with checks.neighbours_needed(self.model.backbone, lambda: seen, "--batch-size"):
                 scalars, condition = self._forward(batch)
         except torch.cuda.OutOfMemoryError as error:
             raise ConfigError(f"out of memory with {len(rows)} structures at a time; lower --batch-size") from error

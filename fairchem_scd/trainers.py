@@ -258,10 +258,8 @@ class DenoisingMixin(ResumableMixin):
         if not self.model.training and self._validating and self.self_supervised:
             judge = next(task for task in self.tasks.values() if task.settings.prob)
             self._step = self._begin(batch, judge, 0, VALIDATION)
-        backbone = self._unwrapped_model.backbone
-        lone = adapter_for(backbone).lone_structures
-        advice = "leave such structures out" + (", or raise optim.batch_size and optim.eval_batch_size" if lone else "")
-        with checks.neighbours_needed(backbone, partial(self._views, batch), advice, lone=lone):
+        sizes = "optim.batch_size and optim.eval_batch_size"
+        with checks.neighbours_needed(self._unwrapped_model.backbone, partial(self._views, batch), sizes):
             if self._step is None:
                 return super()._forward(batch)
             with handed(self.model, self._step.plan) as returned:

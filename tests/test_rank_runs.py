@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 from fairchem.core._cli import main
 from fairchem.core.common.flags import flags
@@ -18,6 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from fairchem_scd import checkpoint
 from fairchem_scd.config import DataError
+from fairchem_scd.testing import on_ranks
 from tests.support import edge_frames_without_chance, make_trainer, tiny_config
 from tests.test_pretraining import pretraining
 from tests.test_resume import stopped_at
@@ -80,29 +80,17 @@ def train(ranks: int, folder: Path, data: Path, cases: dict[str, str | None], pa
     return results
 
 
-def rank_main(rank: int, ranks: int, folder: Path, *arguments: Any) -> None:
-    gc.freeze()  # the parent's garbage may wait for threads that were not forked
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
-    torch.save(train(ranks, folder, *arguments), folder / f"rank{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 def state_of(trainer: Any) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in trainer._unwrapped_model.state_dict().items()}
 
 
 def run(ranks: int, folder: Path, *arguments: Any) -> list[dict[str, Any]]:
     """What `train` returns on each rank, forked from here."""
-    folder.mkdir()
     logging.disable(logging.WARNING)
     try:
-        mp.start_processes(rank_main, (ranks, folder, *arguments), nprocs=ranks, start_method="fork")
+        return on_ranks(ranks, folder, lambda rank: train(ranks, folder, *arguments))
     finally:
         logging.disable(logging.NOTSET)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")

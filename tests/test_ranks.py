@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone
 from fairchem.core.models.escn.escn import eSCN
 
+from fairchem_scd.testing import on_ranks
 from tests.support import collate, fixed_edge_frames, make_trainer, slabs, tiny_config
 
 # One of molecular dynamics is never corrupted; its adsorbate, and the last's, is one atom: no part to denoise.
@@ -70,25 +69,19 @@ def stir(model: Any) -> None:
                 p += 0.3 * torch.randn(p.shape, generator=generator)
 
 
-def rank_main(rank: int, folder: Path) -> None:
-    gc.freeze()  # the parent's garbage may wait for threads that were not forked
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    results = {
+def steps(rank: int, folder: Path) -> dict[Any, Any]:
+    """What a rank gets, by case and split."""
+    return {
         (case, split): one_step(folder, *CASES[case], chosen[rank], f"{case}-{split}-rank{rank}")
         for case in CASES
         for split, chosen in SPLITS.items()
     }
-    torch.save(results, folder / f"rank{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    """What each of two ranks got, by case and split."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(rank_main, (folder,), nprocs=2, start_method="fork")
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return on_ranks(2, folder, lambda rank: steps(rank, folder))
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import runpy
@@ -19,10 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 from submitit.slurm.slurm import _make_sbatch_string
 
+from fairchem_scd.testing import on_ranks
 from tests.support import host_config, make_trainer, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -184,19 +183,9 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-def rank_main(rank: int, config: Path, folder: Path) -> None:
-    gc.freeze()  # the parent's garbage may wait for threads that were not forked
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    make_trainer(host_config(config), folder, identifier="plain").train(disable_eval_tqdm=True)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 def uninterrupted(config: Path, folder: Path) -> dict[str, Any]:
     """Where the run ends on two ranks without SLURM."""
-    folder.mkdir()
-    mp.start_processes(rank_main, (config, folder), nprocs=2, start_method="fork")
+    on_ranks(2, folder, lambda _: make_trainer(host_config(config), folder, identifier="plain").train(True))
     (run,) = (folder / "checkpoints").iterdir()
     return checkpoint(run)
 
