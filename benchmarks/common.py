@@ -11,7 +11,7 @@ import torch
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import setup_imports
 
-import fairchem_scd.plugin  # noqa: F401  (registers everything with the host)
+import fairchem_scd.fairchem1.plugin  # noqa: F401  (registers everything with the host)
 
 # Those whose atoms have no vector features cannot be told forces.
 SCALAR_BACKBONES = ("gemnet_t", "gemnet_t_conservative", "gemnet_oc", "dimenetplusplus")

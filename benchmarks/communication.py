@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from benchmarks.common import DENOISING, PLAIN, hydra, make_trainer, training, use_threads
 from benchmarks.step_cost import step
-from fairchem_scd import pretraining
-from fairchem_scd.model import DenoisingHydra
+from fairchem_scd.fairchem1 import pretraining
+from fairchem_scd.fairchem1.hydra import DenoisingHydra
 from fairchem_scd.testing import on_ranks
 
 CONFIGS = Path(__file__).parent.parent / "configs"

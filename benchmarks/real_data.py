@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import BACKBONES, DENOISING, PLAIN, existing_folder, hydra, make_trainer, training, use_threads
-from fairchem_scd.tasks import VALIDATION, structures_of
+from fairchem_scd.denoising.plan import VALIDATION
+from fairchem_scd.denoising.structures import structures_of
 
 METHODS = ("plain", "dens", "scd", "pretrain")
 

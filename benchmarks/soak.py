@@ -32,8 +32,8 @@ import torch
 import yaml
 from fairchem.core.common.utils import setup_imports
 
-import fairchem_scd.plugin  # noqa: F401  (registers everything with the host)
-from fairchem_scd import checkpoint
+import fairchem_scd.fairchem1.plugin  # noqa: F401  (registers everything with the host)
+from fairchem_scd.fairchem1 import checkpoint
 from fairchem_scd.testing import make_trainer
 
 RUN = "soak"
@@ -259,7 +259,7 @@ def _assert_equal(value: Any, expected: Any, name: str) -> None:
 
 def long(steps: int, folder: Path, task: dict[str, Any], *, every: int = 250) -> list[dict[str, float]]:
     """Train many steps in this process; every so often note resident memory, median step time and size on disk."""
-    from fairchem_scd.trainers import DenoisingMixin
+    from fairchem_scd.fairchem1.trainer.trainers import DenoisingMixin
 
     notes: list[dict[str, float]] = []
     times: list[float] = []

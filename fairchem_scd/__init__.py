@@ -1,4 +1,4 @@
-"""fairchem-scd: denoising (DeNS, SCD) as an auxiliary task in force-field training with fairchem 1.x.
+"""fairchem-scd: denoising (DeNS, SCD) as an auxiliary task in force-field training with fairchem.
 
 The first use of a public name registers the package's trainers, model and datasets with the host. A config does that by
 its trainer's dotted name: `fairchem_scd.DenoisingTrainer`, `fairchem_scd.EquiformerV2DenoisingTrainer` or
@@ -10,11 +10,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fairchem_scd.errors import ConfigError, DataError
+from fairchem_scd.fairchem1 import former_names
+
 if TYPE_CHECKING:
-    from fairchem_scd.plugin import (
-        ConfigError,
-        DataError,
+    from fairchem_scd.fairchem1.plugin import (
         DenoisingHydra,
+        DenoisingMixin,
         DenoisingTrainer,
         EquiformerV2DenoisingTrainer,
         MLIPDenoisingTrainer,
@@ -26,6 +28,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DenoisingHydra",
+    "DenoisingMixin",
     "DenoisingTrainer",
     "EquiformerV2DenoisingTrainer",
     "MLIPDenoisingTrainer",
@@ -33,9 +36,11 @@ __all__ = [
     "register_task",
 ]
 
+former_names.install()
+
 
 def __getattr__(name: str) -> Any:
     # The host takes many seconds to import, and `fairchem-scd --help` does without it.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("fairchem_scd.plugin"), name)
+    return getattr(importlib.import_module("fairchem_scd.fairchem1.plugin"), name)

@@ -18,7 +18,7 @@ from fairchem.core.models.equiformer_v2.equiformer_v2_deprecated import Equiform
 from fairchem.core.models.escn.escn import eSCN
 from fairchem.core.models.esen import esen, esen_dens
 
-from fairchem_scd.model import DenoisingHydra
+from fairchem_scd.fairchem1.hydra import DenoisingHydra
 from fairchem_scd.testing import collate, make_trainer, slabs, training_config
 
 __all__ = ["collate", "make_trainer", "slabs"]

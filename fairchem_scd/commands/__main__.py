@@ -1,0 +1,5 @@
+"""`python -m fairchem_scd.commands`."""
+
+from fairchem_scd.commands import main
+
+main(prog_name="fairchem-scd")

@@ -1,0 +1,270 @@
+"""A denoising task added to a config: the text of the new file, checked as training would check it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fairchem.core.common.registry import registry
+from fairchem.core.common.utils import UniqueKeyLoader, find_relative_file_in_paths, load_config, setup_imports
+
+from fairchem_scd.commands.add.yaml_edit import map_items, set_value
+from fairchem_scd.denoising.tasks import build_tasks
+from fairchem_scd.errors import ConfigError
+from fairchem_scd.fairchem1 import plugin, pretraining  # noqa: F401 (the plug-in registers with the host)
+from fairchem_scd.fairchem1.backbones import adapter_class
+from fairchem_scd.fairchem1.dens_aliases import denoising_block
+from fairchem_scd.fairchem1.legacy import modernise
+from fairchem_scd.fairchem1.trainer.trainers import DenoisingMixin
+
+_EPOCHS, _STEPS = "fairchem_scd.EquiformerV2DenoisingTrainer", "fairchem_scd.DenoisingTrainer"
+_MLIP = "fairchem_scd.MLIPDenoisingTrainer"
+_TRAINERS = {
+    "equiformerv2_forces": _EPOCHS,
+    "equiformerv2_dens": _EPOCHS,
+    "mlip_trainer": _MLIP,
+    "mlip_dens_trainer": _MLIP,
+    "ocp": _STEPS,
+    "forces": _STEPS,
+    "energy": _STEPS,
+    # Short names are known only where something has imported the package.
+    "equiformerv2_denoising": _EPOCHS,
+    "mlip_denoising": _MLIP,
+    "denoising": _STEPS,
+}
+
+
+@dataclass(frozen=True)
+class Added:
+    """A config with a task added.
+
+    Attributes:
+        before, after: text of the config and of the new file.
+        shares: share of the steps of each task that is on; what is left are ordinary steps.
+        pretraining: the config trains no outputs.
+    """
+
+    before: str
+    after: str
+    shares: dict[str, float]
+    pretraining: bool
+
+
+def add_task(config: str | Path, out: str | Path, task: str, settings: Mapping[str, Any]) -> Added:
+    """Add a denoising task to a config of fairchem's, for a file at `out`, which is not written.
+
+    The merged config stays what it was, but for `trainer` and `task.denoising`. Includes name the same files from
+    out's folder, as fairchem finds them when it runs in the current directory.
+
+    Args:
+        config: the config file.
+        out: where the new file will lie; its folder is there.
+        task: its name under `task.denoising`.
+        settings: of the task; what is not named has its default.
+
+    Raises:
+        ConfigError: the config cannot be read, has the task already, or cannot be trained with it.
+        FileNotFoundError: there is no such config.
+    """
+    setup_imports()
+    config, out = Path(config), Path(out)
+    merged, included = _load(config)
+    if out.exists() and any(out.samefile(file) for file in included):
+        raise ConfigError(f"{out}: {config} includes it, so the new file must have another name")
+    block = _block(merged)
+    if block.get(task) is not None:
+        raise ConfigError(f"{config}: task.denoising.{task} is there already; change its settings there")
+    trainer = _trainer(merged)
+
+    # As it stands in the file, line ends included.
+    with config.open(encoding="utf-8", newline="") as file:
+        before = file.read()
+    after = before
+    try:
+        if config.parent.resolve() != out.parent.resolve():
+            after = map_items(after, "includes", lambda name: _moved(name, config, out))
+        if merged.get("trainer") != trainer:
+            after = set_value(after, ("trainer",), trainer, after=("includes",))
+        after = set_value(after, ("task", "denoising", task), dict(settings), after=("trainer", "includes"))
+    except (yaml.YAMLError, ValueError) as error:
+        reason = getattr(error, "problem", error)
+        raise ConfigError(f"{config}: the task cannot be added to a file written like this ({reason})") from error
+
+    expected = copy.deepcopy(merged)
+    expected["trainer"] = trainer
+    expected["task"] = {**(merged.get("task") or {}), "denoising": {**block, task: dict(settings)}}
+    result = _load_text(after, config, out)
+    changed = list(_differences(expected, result))
+    if changed and all(key.startswith(f"task.denoising.{task}.") for key in changed):
+        raise ConfigError(
+            f"{config}: task.denoising.{task}: null switches off what an included file sets; remove that line, and the "
+            "task is back"
+        )
+    if changed:
+        raise ConfigError(
+            f"{config}: adding the task to a file written like this would change {', '.join(changed[:3])} too. An "
+            "anchor, or a null that switches off what an included file says, has to be written out first"
+        )
+    return Added(before, after, *_check(result, task, settings))
+
+
+def _files(path: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """A config file and all that it includes, in the host's order.
+
+    Raises:
+        ConfigError: names the file that cannot be read, and where.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder, not a config")
+    if any(path.samefile(file) for file in above):
+        raise ConfigError(f"{path}: includes itself, by way of {', '.join(map(str, above))}")
+    try:
+        with path.open(encoding="utf-8") as file:
+            config = yaml.load(file, Loader=UniqueKeyLoader)
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path}: not YAML, line {error.problem_mark.line + 1}: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        # Of the host's duplicate keys, and of characters that no YAML text has.
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: not a config: no keys at the top of the file")
+    yield path
+    includes = config.get("includes", [])
+    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
+        raise ConfigError(f"{path}: includes: expected a list of files (got {includes!r})")
+    for name in includes:
+        yield from _files(_found(name, path), (*above, path))
+
+
+def _found(name: str, path: Path) -> Path:
+    """The file that an include means to the host, which looks in the current directory first."""
+    try:
+        return Path(find_relative_file_in_paths(name, [os.path.dirname(path)]))  # noqa: PTH120 (as the host asks)
+    except ValueError:
+        raise ConfigError(
+            f"{path}: includes: there is no {name}, neither in the current directory nor in {path.parent}"
+        ) from None
+
+
+def _load(path: Path) -> tuple[dict[str, Any], list[Path]]:
+    """The merged config, and the files that it includes."""
+    _, *included = _files(path, ())
+    merged, _, conflicts = load_config(path)
+    if conflicts:
+        raise ConfigError(f"{path}: includes: two files both set {', '.join(sorted(set(conflicts)))}")
+    return merged, included
+
+
+def _load_text(text: str, config: Path, out: Path) -> dict[str, Any]:
+    """The merged config of a file yet to be written, as the host will read it there."""
+    handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.", suffix=".yml")
+    os.close(handle)
+    part = Path(name)
+    try:
+        part.write_text(text, encoding="utf-8", newline="")
+        return _load(part)[0]
+    except ConfigError as error:
+        reason = str(error).replace(str(part), "the result")
+        raise ConfigError(f"{config}: the task cannot be added to a file written like this ({reason})") from error
+    except OSError as error:
+        raise ConfigError(f"{out}: could not be written ({error.strerror}); nothing was changed") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _moved(name: str, config: Path, out: Path) -> str:
+    """The name of an included file of config's, for out's place."""
+    if Path(name).is_absolute():
+        return name
+    target = _found(name, config).resolve()
+    folder = out.parent.resolve()
+    near = Path(os.path.relpath(target, folder))
+    # A file of the same name in the current directory would be taken first: then go round by out's own folder.
+    for candidate in (near, Path("..", folder.name, near)):
+        found = Path(find_relative_file_in_paths(candidate, [folder]))
+        if found.resolve() == target:
+            return candidate.as_posix()
+    return target.as_posix()
+
+
+def _block(merged: Mapping[str, Any]) -> dict[str, Any]:
+    """The `task.denoising` block of a config in this package's words, or in none."""
+    task, optim = merged.get("task") or {}, merged.get("optim") or {}
+    for key, block in (("task", task), ("optim", optim)):
+        if not isinstance(block, Mapping):
+            raise ConfigError(f"{key}: expected a block (got {block!r})")
+    if optim.get("use_denoising_pos"):
+        twin = _TRAINERS.get(str(merged.get("trainer")), _EPOCHS)
+        raise ConfigError(
+            "optim.use_denoising_pos sets up DeNS already, and fairchem-scd reads it as it is: name the trainer "
+            f"{twin} and leave the rest. For another task beside it, write DeNS as task.denoising.dens first, and "
+            "remove use_denoising_pos"
+        )
+    return denoising_block(task, optim, {})
+
+
+def _trainer(merged: Mapping[str, Any]) -> str:
+    """The trainer of this package that takes the place of the config's."""
+    name = merged.get("trainer") or "ocp"  # the host's own default
+    if isinstance(name, str) and name in _TRAINERS:
+        return _TRAINERS[name]
+    try:
+        if issubclass(registry.get_trainer_class(name), DenoisingMixin):
+            return name
+    except (RuntimeError, TypeError, AttributeError, ValueError):
+        pass  # not a trainer at all; said below
+    known = [name for name in _TRAINERS if "denoising" not in name]
+    raise ConfigError(
+        f"trainer: '{name}' has no denoising twin; known trainers: {', '.join(known)}. To make one of a trainer of "
+        "your own: class MyDenoisingTrainer(fairchem_scd.trainers.DenoisingMixin, MyTrainer)"
+    )
+
+
+def _check(config: dict[str, Any], task: str, asked: Mapping[str, Any]) -> tuple[dict[str, float], bool]:
+    """Check the config as the trainer will; return the share of each task, and whether it pre-trains."""
+    if not isinstance(config.get("model"), Mapping):
+        raise ConfigError("model: missing; the config names no model to train")
+    model, dens = modernise(config["model"])
+    alone = pretraining.is_self_supervised(config.get("outputs"), config.get("loss_functions"))
+    tasks, _ = build_tasks(denoising_block(config["task"], config.get("optim") or {}, dens), supervised=not alone)
+    if model.get("backbone") and any(built.tells_forces for built in tasks.values()):
+        cannot = adapter_class(registry.get_model_class(model["backbone"]["model"])).cannot_tell_forces()
+        if cannot is not None:
+            raise cannot
+    shares = {name: built.settings.prob for name, built in tasks.items()}
+    if not shares[task] and "prob" not in asked:
+        others = ", ".join(f"{name} {share:g}" for name, share in shares.items() if share)
+        raise ConfigError(f"task.denoising.{task}: would never run, since the others take every step ({others})")
+    outputs, losses = config.get("outputs"), config.get("loss_functions")
+    if alone:
+        pretraining.check_tasks(tasks)
+    else:
+        pretraining.check_supervised(config)
+    if alone or outputs:  # else an old format, which the host translates when it trains
+        for built in tasks.values():
+            built.check(outputs, {name for loss in losses for name in loss})
+    return shares, alone
+
+
+def _differences(one: Any, other: Any, key: str = "") -> Iterator[str]:
+    """Dotted keys under which two configs differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in dict.fromkeys([*one, *other]):
+            inner = f"{key}.{name}" if key else str(name)
+            if name not in one or name not in other:
+                yield inner
+            else:
+                yield from _differences(one[name], other[name], inner)
+    elif type(one) is not type(other) or (one != other and not _both_nan(one, other)):
+        yield key
+
+
+def _both_nan(one: Any, other: Any) -> bool:
+    return isinstance(one, float) and math.isnan(one) and math.isnan(other)

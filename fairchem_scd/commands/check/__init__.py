@@ -1,0 +1,44 @@
+"""`fairchem-scd check`."""
+
+from __future__ import annotations
+
+import logging
+
+import click
+
+
+@click.command("check", context_settings={"ignore_unknown_options": True})
+@click.argument("config", type=click.Path())
+@click.argument("fairchem_options", nargs=-1, type=click.UNPROCESSED)
+@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Timed steps of each kind.")
+@click.option(
+    "--seconds", default=120.0, show_default=True, type=click.FloatRange(0), help="Begin no further steps after this."
+)
+def command(config: str, fairchem_options: tuple[str, ...], repeats: int, seconds: float) -> None:
+    """Try CONFIG out before its job waits in a queue.
+
+    Reads the config as fairchem does and checks the settings, the device, torch_scatter, the logger and the data;
+    builds the model; takes a few steps of each kind. Says what will happen: which atoms move and how far, what a step
+    costs beside an ordinary one, memory, parameters. Ends in a list of problems and exit code 1, or in exit code 0.
+
+    FAIRCHEM_OPTIONS are those that `fairchem --mode train --config-yml CONFIG` will be given: --cpu, --amp, --submit,
+    --checkpoint FILE, or overrides such as --optim.batch_size=2. Check on a machine like the one the job gets: what a
+    login node has no GPU for it cannot tell.
+
+    \b
+    Example:
+      fairchem-scd check configs/quickstart.yml --cpu
+    """
+    click.echo("Loading fairchem", err=True)
+    import fairchem_scd.fairchem1.plugin  # noqa: F401  (registers everything with the host)
+    from fairchem_scd.commands.check.preflight import preflight
+    from fairchem_scd.commands.check.report import Report
+
+    report = Report(click.echo)
+    logging.disable(logging.INFO)  # the host prints the whole config
+    try:
+        preflight(config, fairchem_options, report, repeats=repeats, seconds=seconds)
+    finally:
+        logging.disable(logging.NOTSET)
+    if not report.close():
+        raise SystemExit(1)

@@ -1,0 +1,119 @@
+"""What the data holds, and how far a task moves its atoms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.data import chemical_symbols
+from ase.neighborlist import neighbor_list
+from fairchem.core.datasets import data_list_collater
+
+from fairchem_scd.commands.check.report import Report
+from fairchem_scd.denoising.structures import structures_of
+from fairchem_scd.denoising.tasks import Task
+from fairchem_scd.fairchem1.data.guarded import Guarded
+from fairchem_scd.fairchem1.data.sources import check_source
+
+_CUTOFF = 6.0
+_FAR = 0.25
+"""From this share of the nearest-neighbour distance on, noise is worth a word: atoms begin to change places."""
+
+
+def check_sources(config: Mapping[str, Any], report: Report) -> None:
+    """Whether the data of every split is there."""
+    blocks = config.get("dataset")
+    if not isinstance(blocks, Mapping) or not blocks.get("train"):
+        report.problem("dataset.train: missing; it names the data to train on")
+        return
+    for split, block in blocks.items():
+        if isinstance(block, Mapping):
+            with report.part(f"dataset.{split}"):
+                check_source(f"dataset.{split}", block, blocks["train"])
+
+
+def describe(split: str, dataset: Guarded, outputs: Sequence[str], *, skip: bool, report: Report) -> list[Any]:
+    """Read rows evenly spaced over a dataset and say what they hold. Returns them.
+
+    Args:
+        split: its key in the config.
+        dataset: of a trainer's loader.
+        outputs: names of the config's outputs.
+        skip: leave bad rows out.
+        report: where it is said.
+    """
+    rows = dataset.sample(skip=skip)
+    counts = np.array([int(row.natoms) for row in rows])
+    elements = torch.cat([row.atomic_numbers.view(-1) for row in rows]).long().unique().tolist()
+    report.say(
+        split,
+        f"{len(dataset)} structures; in {len(rows)} looked at: {_range(counts)}, "
+        f"elements {' '.join(chemical_symbols[z] for z in elements)}",
+    )
+    free = [1 - float((row.fixed.view(-1) != 0).float().mean()) for row in rows if "fixed" in row]
+    tags = torch.cat([row.tags.view(-1) for row in rows if "tags" in row] or [torch.tensor([])]).unique().tolist()
+    told = [f"{100 * float(np.mean(free)):.0f} % of the atoms are free"] if free else []
+    told += [f"tags {', '.join(f'{tag:g}' for tag in tags)}" if tags else "no tags"]
+    report.say("", "; ".join(told))
+    labels = [_label(name, rows) for name in outputs]
+    report.say("", "labels: " + (", ".join(labels) if labels else "none are used"))
+    return rows
+
+
+def _label(name: str, rows: list[Any]) -> str:
+    values = [torch.as_tensor(row[name]).float() for row in rows if name in row]
+    if not values:
+        return f"{name} (absent)"
+    if name == "forces":
+        return f"forces (|F| up to {max(float(v.norm(dim=-1).max()) for v in values):.3g} eV/Å)"
+    flat = torch.cat([v.reshape(-1) for v in values])
+    return f"{name} ({float(flat.min()):.4g} to {float(flat.max()):.4g})"
+
+
+def _range(counts: np.ndarray) -> str:
+    low, high = int(counts.min()), int(counts.max())
+    return f"{low} atoms" if low == high else f"{low} to {high} atoms (median {np.median(counts):g})"
+
+
+def describe_corruption(task: Task, rows: list[Any], seed: int, report: Report) -> None:
+    """Which atoms a task moves and how far, against the distance to their nearest neighbours."""
+    batch = data_list_collater(rows, otf_graph=True)
+    corruption = task.corrupt(structures_of(batch), seed=seed, step=1)
+    moved, lengths = corruption.mask, corruption.noise[corruption.mask].norm(dim=-1)
+    idle = int((~corruption.corrupted).sum())
+    if not len(lengths):
+        report.problem(f"task.denoising.{task.name} moves no atom of the {len(rows)} structures looked at")
+        return
+    nearest = np.concatenate([nearest_neighbours(row) for row in rows[:8]])
+    mean, typical = float(lengths.mean()), float(np.median(nearest))
+    report.say(
+        task.name,
+        f"moves {100 * float(moved.float().mean()):.0f} % of the atoms by {mean:.3g} Å on average (at most "
+        f"{float(lengths.max()):.3g})",
+    )
+    if np.isfinite(typical):
+        report.say(
+            "",
+            f"that is {100 * mean / typical:.2g} % of the distance to the nearest neighbour (median {typical:.3g} Å, "
+            f"least {float(nearest.min()):.3g} Å)",
+        )
+        if mean > _FAR * typical:
+            report.caution(
+                f"task.denoising.{task.name} moves atoms by {100 * mean / typical:.0f} % of the distance to their "
+                "nearest neighbour: they may change places, and the noise can then not be told from the structure"
+            )
+    if idle:
+        report.say("", f"{idle} of {len(rows)} structures have nothing to denoise and are left out of its loss")
+
+
+def nearest_neighbours(row: Any) -> np.ndarray:
+    """[N] distance of each atom of a row to its nearest neighbour, Å; infinite where there is none within 6 Å."""
+    periodic = row.pbc.view(-1)[:3].numpy() if "pbc" in row else True
+    atoms = Atoms(row.atomic_numbers.view(-1).numpy(), row.pos.numpy(), cell=row.cell.view(3, 3).numpy(), pbc=periodic)
+    index, distance = neighbor_list("id", atoms, _CUTOFF)
+    nearest = np.full(len(atoms), np.inf)
+    np.minimum.at(nearest, index, distance)
+    return nearest

@@ -1,0 +1,152 @@
+"""`fairchem-scd embed`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("embed")
+@click.argument("checkpoint", type=click.Path())
+@click.argument("config", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option(
+    "--split",
+    type=click.Choice(["train", "val", "test"]),
+    default="val",
+    show_default=True,
+    help="Which of CONFIG's datasets. As in training, val and test inherit what they do not say from train.",
+)
+@click.option(
+    "--kind",
+    type=click.Choice(["auto", "features", "condition", "both"]),
+    default="auto",
+    show_default=True,
+    help="The features, SCD's c, or both; auto: the features, and c where the checkpoint has one.",
+)
+@click.option(
+    "--pool",
+    type=click.Choice(["mean", "sum"]),
+    default="mean",
+    show_default=True,
+    help="The features' mean over a structure's atoms does not grow with their number; the sum does.",
+)
+@click.option("--per-atom", is_flag=True, help="Write each atom's features too.")
+@click.option("--limit", type=click.IntRange(1), help="Embed the first so many structures only.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="Structures at a time.  [default: CONFIG's eval_batch_size or batch_size, else 16]",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["ema", "raw"]),
+    help="The moving average of the weights, or the weights as the optimiser left them.  [default: the average, where "
+    "the run kept one]",
+)
+@click.option("--device", help="Where to run: cpu, cuda or cuda:1.  [default: a GPU, if there is one]")
+@click.option("--cpu", "device", flag_value="cpu", help="The same as --device cpu.")
+@click.option("--plot", type=click.Path(), help="Draw a map of the embeddings too: a .png, .pdf or .svg.")
+@click.option(
+    "--color",
+    type=click.Choice(["energy", "natoms", "adsorbate", "composition"]),
+    help="What the map's colours show: energy per atom, number of atoms, the atoms with tag 2, or the elements.  "
+    "[default: energy, where the data has it, else composition]",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["pca", "umap"]),
+    default="pca",
+    show_default=True,
+    help="How the map is made; umap: pip install 'fairchem-scd[umap]'.",
+)
+@click.option("--force", is_flag=True, help="Overwrite OUT, and the map.")
+def command(
+    checkpoint: str,
+    config: str,
+    out: str,
+    split: str,
+    kind: str,
+    pool: str,
+    per_atom: bool,
+    limit: int | None,
+    batch_size: int | None,
+    weights: str | None,
+    device: str | None,
+    plot: str | None,
+    color: str | None,
+    method: str,
+    force: bool,
+) -> None:
+    """Write to OUT what the model in CHECKPOINT makes of the structures that CONFIG names.
+
+    CHECKPOINT is of this package, pre-trained or trained with energy and forces, or of fairchem itself, on any backbone
+    that this package trains. CONFIG is a training config; its dataset block alone is read, and the data needs no
+    labels. OUT ends in .npz or .parquet.
+
+    For B structures with N atoms and a model with C channels, OUT holds
+
+    \b
+      sid, fid             [B]     the data's names, in the data's order
+      natoms, formula      [B]
+      energy               [B]     eV, as in the data, where it has any
+      adsorbate            [B]     formula of the atoms with tag 2, if any
+      features             [B, C]  final l = 0 features, mean over the atoms
+      condition            [B, C]  SCD's c, where the checkpoint has one
+    with --per-atom
+      atom_features        [N, C]
+      structure            [N]     the row of each atom's structure
+      atomic_numbers, tags [N]
+
+    A .parquet has a row for each structure, and in it lists of what belongs to its atoms.
+
+    \b
+    Example:
+      fairchem-scd embed checkpoints/RUN/best_checkpoint.pt configs/quickstart.yml val.npz --plot val.png
+      python -c "import numpy as np; print(np.load('val.npz')['features'].shape)"
+    """
+    from fairchem_scd.commands.embed.table import check_table
+    from fairchem_scd.errors import ConfigError
+
+    check_table(out, force=force)
+    if plot is None and (color or method != "pca"):
+        raise click.UsageError("--color and --method are of the map: say where to draw it with --plot FILE")
+    if plot is not None:
+        from fairchem_scd.commands import pictures as style
+        from fairchem_scd.commands.embed import map as embedding_map
+
+        style.check_picture(plot, force=force)
+        embedding_map.check_method(method)
+    click.echo(f"Loading {checkpoint}", err=True)
+    import fairchem_scd.fairchem1.plugin  # noqa: F401  (registers everything with the host)
+    from fairchem_scd.commands.embed.embeddings import embed
+    from fairchem_scd.fairchem1.checkpoint import read
+    from fairchem_scd.fairchem1.data.split import load_split, read_config
+
+    source = read(checkpoint)
+    settings = read_config(config)
+    dataset = load_split(settings, split)
+    size = len(dataset) if limit is None else min(limit, len(dataset))
+    if plot is not None and size < embedding_map.LEAST:
+        raise ConfigError(f"--plot: a map needs {embedding_map.LEAST} structures at least (got {size})")
+    click.echo(f"Embedding {size} structures of dataset.{split}", err=True)
+    optim = settings.get("optim") or {}
+    embeddings = embed(
+        source,
+        dataset,
+        kind=kind,
+        pool=pool,
+        per_atom=per_atom,
+        batch_size=batch_size or optim.get("eval_batch_size") or optim.get("batch_size") or 16,
+        weights=weights,
+        device=device,
+        limit=limit,
+        progress=True,
+        about={"checkpoint": checkpoint, "config": config, "split": split},
+    )
+    embeddings.save(out, force=force)
+    shapes = (f"{name} {list(array.shape)}" for name, array in embeddings.arrays().items())
+    click.echo(f"{out}: {', '.join(shapes)}")
+    if plot is not None:
+        with style.printed():
+            style.save(embedding_map.draw(embeddings, color=color, method=method), plot, force=force)
+        click.echo(f"{plot}: a map of them")

@@ -1,0 +1,46 @@
+"""`fairchem-scd import`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("import", short_help="Make checkpoints of other DeNS codes this package's, or plain.")
+@click.argument("checkpoint", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option("--plain", is_flag=True, help="Make it fairchem's own model, which needs this package no more.")
+@click.option("--force", is_flag=True, help="Overwrite OUT.")
+def command(checkpoint: str, out: str, plain: bool, force: bool) -> None:
+    """Read a DeNS checkpoint of another code, CHECKPOINT, and write it as one of this package, OUT.
+
+    It may be of the DeNS authors (models equiformer_v2_dens and escn_dens) or of fairchem's own DeNS trainers
+    (backbones equiformer_v2_dens_backbone and esen_backbone_dens).
+
+    OUT predicts what CHECKPOINT does. Kept are the weights, noise head and force encoding included, their moving
+    average, the normalisers and element references, and the DeNS settings. A run that starts from OUT counts its steps
+    from zero, with a fresh optimiser.
+
+    \b
+    Example:
+      fairchem-scd import eq2_dens_epochs_12_2M.pt imported.pt
+      fairchem --mode train --config-yml configs/dens_oc20_2m_12epochs.yml --checkpoint imported.pt
+    """
+    from fairchem_scd.commands.files import check_output, whole_file
+
+    check_output(out, force=force)
+    click.echo(f"Reading {checkpoint}", err=True)
+    import torch
+
+    from fairchem_scd.fairchem1.checkpoint import read
+    from fairchem_scd.fairchem1.checkpoint.foreign import from_dens
+
+    imported = from_dens(read(checkpoint), plain=plain)
+    with whole_file(out, force=force) as part:
+        torch.save(imported, part)
+    model = imported["config"]["model"]
+    kind = "fairchem's own hydra" if plain else "a DeNS checkpoint of this package"
+    click.echo(f"{out}: {kind}, backbone {model['backbone']['model']}, heads {', '.join(model['heads'])}")
+    click.echo(
+        f"Use it with ASE: OCPCalculator(checkpoint_path='{out}'). Train it on: "
+        f"fairchem --mode train --config-yml YOUR.yml --checkpoint {out}"
+    )

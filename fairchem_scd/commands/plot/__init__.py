@@ -1,0 +1,52 @@
+"""`fairchem-scd plot`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("plot")
+@click.argument("run_dir", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option("--run", metavar="NAME", help="Which run, where RUN_DIR holds several: the name of its log folder.")
+@click.option(
+    "--column",
+    type=click.Choice(["single", "double"]),
+    default="double",
+    show_default=True,
+    help="As wide as one column of a journal (3.5 inches) or two (7 inches).",
+)
+@click.option("--force", is_flag=True, help="Overwrite OUT.")
+def command(run_dir: str, out: str, run: str | None, column: str, force: bool) -> None:
+    """Draw a training run from its TensorBoard log, as a picture OUT (.png, .pdf or .svg).
+
+    RUN_DIR is what fairchem was given as --run-dir (else the directory it ran in), or any folder with the log below it.
+    Panels: the loss and its parts, the mean absolute errors of forces (eV/Å) and energy (eV), and of the denoised
+    positions (Å); what a run has not logged is left out. A resumed run is one curve.
+
+    Training curves show what fairchem logs in every step, the mean since it last printed: faint, with a running median
+    over them, where there are many points. Validation has markers. "Denoising" are errors and losses on
+    structures that DeNS or noisy nodes corrupted.
+
+    \b
+    Example:
+      fairchem-scd plot my_run curves.pdf --column single
+    """
+    from fairchem_scd.commands import pictures as style
+
+    style.check_picture(out, force=force)
+    import numpy as np
+
+    from fairchem_scd.commands.plot import training_run
+    from fairchem_scd.commands.plot.training_log import find_run, read_curves
+
+    name, files = find_run(run_dir, run)
+    curves = read_curves(files, training_run.ENDINGS)
+    figure = training_run.draw(curves, width=style.DOUBLE if column == "double" else style.SINGLE)
+    style.save(figure, out, force=force)
+    last = max(int(curve.steps[-1]) for curve in curves.values())
+    click.echo(f"{out}: {name}, {last} steps, {len(figure.axes)} panels")
+    loss = curves.get("train/loss")
+    if loss is not None and not np.isfinite(loss.values).all():
+        first = int(loss.steps[~np.isfinite(loss.values)][0])
+        click.echo(f"The loss is not a number at step {first}, which leaves gaps in its curve", err=True)

@@ -1,0 +1,225 @@
+"""A training run in a picture: losses by part, errors of forces, energy and noise, against the training step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import cycle
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+from fairchem_scd.commands import pictures as style
+from fairchem_scd.commands.plot.training_log import Curve
+from fairchem_scd.errors import ConfigError
+
+ENDINGS = ("_mae", "loss")
+"""Of the tags that a picture shows."""
+
+_DENSE = 120
+"""From so many points on a training curve is a faint line with its running median."""
+
+_BAND = 2000
+"""From so many points on the faint line is a band, from the 5th to the 95th percentile: less ink, and a small file."""
+
+_BINS = 400
+_HEIGHT = 2.1
+
+
+@dataclass(frozen=True)
+class _Line:
+    tag: str
+    label: str
+    color: str
+    dashes: str = "-"
+
+
+@dataclass(frozen=True)
+class _Panel:
+    label: str
+    lines: tuple[_Line, ...]
+    log: bool = False
+
+
+# A hue is a quantity, dashes are its part on corrupted structures, markers are validation.
+_BLACK = "#000000"
+_ENERGY, _FORCES, _NOISE = style.COLORS[0], style.COLORS[1], style.COLORS[3]
+_SPARE = (style.COLORS[5], style.COLORS[2], style.COLORS[4], style.COLORS[6])
+
+_LOSSES = (
+    _Line("train/energy_loss", "energy", _ENERGY),
+    _Line("train/forces_loss", "forces", _FORCES),
+    _Line("train/denoising_pos_loss", "noise", _NOISE),
+    _Line("train/denoising_energy_loss", "energy, denoising", _ENERGY, "--"),
+    _Line("train/denoising_force_loss", "forces, denoising", _FORCES, "--"),
+)
+_ERRORS = (
+    _Panel(
+        "force error (eV/Å)",
+        (
+            _Line("train/forces_mae", "training", _FORCES),
+            _Line("train/denoising_force_mae", "denoising", _FORCES, "--"),
+            _Line("val/forces_mae", "validation", _BLACK),
+        ),
+    ),
+    _Panel(
+        "energy error (eV)",
+        (
+            _Line("train/energy_mae", "training", _ENERGY),
+            _Line("train/denoising_energy_mae", "denoising", _ENERGY, "--"),
+            _Line("val/energy_mae", "validation", _BLACK),
+        ),
+    ),
+    _Panel(
+        "denoising error (Å)",
+        (
+            _Line("train/denoising_pos_mae", "training", _NOISE),
+            _Line("val/denoising_pos_mae", "validation", _BLACK),
+        ),
+    ),
+)
+
+
+def draw(curves: Mapping[str, Curve], *, width: float = style.DOUBLE) -> Figure:
+    """Draw a run; a panel without data is left out.
+
+    Training curves are thin lines of what the run logged: means since it last printed, of the steps that had the
+    part. Where they are dense, what was logged is faint, and its running median is drawn over it. Validation has
+    markers.
+
+    Args:
+        curves: by tag, such as `train/forces_mae` (eV/Å), `train/energy_mae` (eV), `train/denoising_pos_mae` (Å).
+        width: of the figure, inches; one of two columns or more has panels side by side.
+
+    Raises:
+        ConfigError: none of the curves is one that is drawn.
+    """
+    panels = [
+        _Panel(panel.label, lines, panel.log)
+        for panel in (_losses(curves), *_ERRORS)
+        if (lines := tuple(line for line in panel.lines if line.tag in curves))
+    ]
+    if not panels:
+        raise ConfigError("the log has no loss and no error of energy, forces or noise")
+    with style.printed():
+        figure, axes = _layout(len(panels), width)
+        last = max(int(curves[line.tag].steps[-1]) for panel in panels for line in panel.lines)
+        for panel, ax in zip(panels, axes, strict=True):
+            _draw_panel(ax, panel, curves)
+            ax.set_xlim(0, max(last, 1) * 1.02)
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for ax in axes:
+            cell = ax.get_subplotspec()
+            ax.set_xlabel("training step" if cell.is_last_row() else "")
+            # Across both columns the steps lie elsewhere than in the panels below.
+            ax.tick_params(labelbottom=cell.is_last_row() or len(cell.colspan) > 1)
+    return figure
+
+
+def _losses(curves: Mapping[str, Curve]) -> _Panel:
+    """The parts of the loss that are there, and their sum where it is not one of them alone."""
+    known = {line.tag for line in _LOSSES}
+    others = sorted(t for t in curves if t.startswith("train/") and t.endswith("_loss") and t not in known)
+    # Of outputs that most runs do not have, such as stress.
+    stems = [tag.removeprefix("train/").removesuffix("_loss") for tag in others]
+    hues = dict(zip(dict.fromkeys(stem.removeprefix("denoising_") for stem in stems), cycle(_SPARE), strict=False))
+    rare = []
+    for tag, stem in zip(others, stems, strict=True):
+        name, corrupted = stem.removeprefix("denoising_"), stem.startswith("denoising_")
+        label = name.replace("_", " ") + (", denoising" if corrupted else "")
+        rare.append(_Line(tag, label, hues[name], "--" if corrupted else "-"))
+    parts = sorted((line for line in (*_LOSSES, *rare) if line.tag in curves), key=lambda line: line.dashes == "--")
+    total, validation = _Line("train/loss", "total", _BLACK), _Line("val/loss", "total, validation", _BLACK)
+    if len(parts) == 1 and "train/loss" in curves and _same(curves[parts[0].tag], curves["train/loss"]):
+        total, validation = parts.pop(), _Line("val/loss", "validation", _BLACK)
+    split = sum(line.dashes == "-" for line in parts)
+    return _Panel("loss", (total, *parts[:split], validation, *parts[split:]), log=True)
+
+
+def _same(one: Curve, other: Curve) -> bool:
+    return np.array_equal(one.steps, other.steps) and np.array_equal(one.values, other.values, equal_nan=True)
+
+
+def _layout(count: int, width: float) -> tuple[Figure, list[Axes]]:
+    """One column of panels, or two, with the first across both where their number is odd."""
+    columns = 2 if width >= style.DOUBLE and count > 1 else 1
+    rows = -(-count // columns)
+    figure = style.new_figure(width, _HEIGHT * rows + 0.4)
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    grid = figure.add_gridspec(rows, columns)
+    if count % columns == 0:
+        cells = [grid[i // columns, i % columns] for i in range(count)]
+    else:
+        cells = [grid[0, :], *(grid[1 + i // columns, i % columns] for i in range(count - 1))]
+    return figure, [figure.add_subplot(cell) for cell in cells]
+
+
+def _draw_panel(ax: Axes, panel: _Panel, curves: Mapping[str, Curve]) -> None:
+    for line in panel.lines:
+        curve = curves[line.tag]
+        if line.tag.startswith("val/"):
+            marked = {"marker": "o", "markersize": 3, "markevery": max(1, len(curve.steps) // 25)}
+            ax.plot(curve.steps, curve.values, color=line.color, label=line.label, zorder=4, linewidth=0.9, **marked)
+        else:
+            _draw_training(ax, curve, line)
+    values = np.concatenate([curves[line.tag].values for line in panel.lines])
+    values = values[np.isfinite(values) & (values > 0)]
+    span = values.max() / values.min() if len(values) else 1
+    if panel.log and span > 5:
+        ax.set_yscale("log")
+        if span < 100:
+            # Decades alone would be one tick or two.
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(ScalarFormatter())
+            ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_ylabel(panel.label)
+    across = len(ax.get_subplotspec().colspan) > 1
+    columns = 5 if across else 3 if len(panel.lines) <= 3 else 2
+    ax.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=min(columns, len(panel.lines)),
+        borderaxespad=0.2,
+        columnspacing=1.0,
+        handlelength=1.8,
+        labelspacing=0.3,
+    )
+
+
+def _draw_training(ax: Axes, curve: Curve, line: _Line) -> None:
+    shown = {"color": line.color, "label": line.label, "linestyle": line.dashes}
+    count = len(curve.steps)
+    if count < _DENSE:
+        ax.plot(curve.steps, curve.values, linewidth=0.9, **shown)
+        return
+    if count < _BAND:
+        ax.plot(curve.steps, curve.values, color=line.color, alpha=0.3, linewidth=0.4)
+    else:
+        steps, low, high = _binned(curve, 5, 95)
+        ax.fill_between(steps, low, high, color=line.color, alpha=0.2, linewidth=0)
+    ax.plot(*_median(curve), linewidth=1.2, **shown)
+
+
+def _median(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    """Running median over 2% of the points, 21 at least, at no more than `_BINS` steps: (steps, values)."""
+    count = len(curve.steps)
+    half = max(10, count // 100)
+    centres = np.unique(np.linspace(0, count - 1, min(count, _BINS)).round().astype(int))
+    windows = [slice(max(0, i - half), i + half + 1) for i in centres]
+    return curve.steps[centres], np.array([_finite(np.nanmedian, curve.values[w]) for w in windows])
+
+
+def _binned(curve: Curve, low: float, high: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Percentiles of `_BINS` runs of points: (steps, low, high)."""
+    bins = np.array_split(np.arange(len(curve.steps)), _BINS)
+    middle = [rows[len(rows) // 2] for rows in bins]
+    bounds = [_finite(np.nanpercentile, curve.values[rows], [low, high]) for rows in bins]
+    below, above = np.array([np.broadcast_to(bound, 2) for bound in bounds]).T
+    return curve.steps[middle], below, above
+
+
+def _finite(function, values: np.ndarray, *arguments):
+    """A statistic of values of which some are numbers; not a number where none is."""
+    return function(values, *arguments) if not np.isnan(values).all() else np.nan

@@ -1,0 +1,112 @@
+"""What a denoising step asks of the model: passes over views of the batch, and what they train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NOISE = "denoising_noise"
+"""Key of the predicted noise, [N, 3] in units of the objective's `scale`, among the model's outputs."""
+
+VALIDATION = -1
+"""The step of validation: its noise is that of no training step, and the same in every epoch and run."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a batch's atoms, as a batch of their own with n atoms in the b structures that have any.
+
+    Attributes:
+        atoms: [n] row numbers in the whole batch.
+        structures: [b] their structures' numbers in the whole batch.
+        natoms: [b].
+        batch: [n] numbers of their structures among the b.
+    """
+
+    atoms: Tensor
+    structures: Tensor
+    natoms: Tensor
+    batch: Tensor
+
+    @classmethod
+    def of(cls, natoms: Tensor, chosen: Tensor) -> Part:
+        """The part of the `chosen` [N] atoms of structures with `natoms` [B] atoms."""
+        batch = torch.repeat_interleave(torch.arange(len(natoms)), natoms)
+        structures, index, counts = batch[chosen].unique_consecutive(return_inverse=True, return_counts=True)
+        return cls(chosen.nonzero()[:, 0], structures, counts, index)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of the model over one view of the batch.
+
+    Attributes:
+        pos: [N, 3] positions of this view, Å.
+        part: the atoms that this view has; None: all. A pass that runs the user's heads has all.
+        encoding: arguments for the task's `encoding` module, whose result joins the node embedding; None: no condition.
+        told: [B] bool, the structures whose blocks are told their embedding of the latest pass that embeds; None: no
+            condition.
+        outputs: run the user's own heads.
+        embed: embed the structures, with the task's `condition_head`.
+        noise: run the noise head.
+        detach_embedding: no gradient through the embedding into this pass.
+    """
+
+    pos: Tensor
+    part: Part | None = None
+    encoding: tuple[Tensor, ...] | None = None
+    told: Tensor | None = None
+    outputs: bool = True
+    embed: bool = False
+    noise: bool = False
+    detach_embedding: bool = False
+
+    def to(self, device: torch.device) -> Pass:
+        """The same pass on another device."""
+        return _moved(self, device)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one call of the model does in a denoising step: the passes of one task, in order."""
+
+    task: str
+    passes: tuple[Pass, ...]
+
+    def to(self, device: torch.device) -> Plan:
+        """The same plan on another device."""
+        return _moved(self, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A tensor, tuple or dataclass with all its tensors on another device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    if is_dataclass(value):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a denoising step trains.
+
+    Attributes:
+        coefficient: weight of the denoising term.
+        scale: Å that one unit of the noise target stands for; None: what the task's `scale` module says.
+        loss: the host's loss function for the noise as a term of its own, beside the ordinary loss. None: the noise
+            takes the place of the forces on corrupted atoms, under the config's own force loss.
+        outputs: outputs, besides forces, that train on corrupted structures; None: all of them.
+        clean: the outputs are of the structures as they are, so they count as in an ordinary step.
+    """
+
+    coefficient: float
+    scale: float | None
+    loss: str | None = None
+    outputs: frozenset[str] | None = None
+    clean: bool = False

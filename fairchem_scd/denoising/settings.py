@@ -1,0 +1,356 @@
+"""The settings: the `task.denoising` block of a fairchem config, parsed once into frozen objects.
+
+Every setting has a default, a range and a description; the descriptions are the text of the README's table.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from typing_extensions import Self
+
+from fairchem_scd.errors import ConfigError
+
+
+def _reject_bool(value: Any) -> Any:
+    # bool is an int to Python, and `std: yes` a bool to YAML.
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not a boolean")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, (str, int)) and not isinstance(value, bool) else value
+
+
+Real = Annotated[float, BeforeValidator(_reject_bool), Field(allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_reject_bool)]
+Share = Annotated[Real, Field(ge=0, le=1)]
+Length = Annotated[Real, Field(gt=0)]
+Ratio = Annotated[Real, Field(gt=0, le=1)]
+Tags = Annotated[frozenset[Count], BeforeValidator(_listed), Field(min_length=1)]
+Conditions = Annotated[frozenset[Literal["self", "forces"]], BeforeValidator(_listed)]
+NoiseLoss = Literal["mse", "mae", "l2mae"]
+
+
+class _Block(BaseModel):
+    """Base of every block.
+
+    Class attributes:
+        source: where the defaults come from.
+        sources: of single settings, where it is elsewhere.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: ClassVar[str] = "ours"
+    sources: ClassVar[dict[str, str]] = {}
+
+
+class Settings(_Block):
+    """Base of every task's settings."""
+
+    prob: Share | None = Field(None, description="share of the steps; `null`: what the other tasks leave")
+    coefficient: Annotated[Real, Field(ge=0)] = Field(description="weight of the denoising term in the loss")
+    all_atoms: bool = Field(False, description="corrupt and denoise fixed atoms too")
+
+
+class _NoiseSettings(Settings):
+    """One σ, or a schedule of them."""
+
+    std: Length = Field(description="standard deviation σ of the noise, Å")
+    num_steps: Annotated[Count, Field(ge=1)] | None = Field(None, description="schedule: how many σ, evenly in log")
+    std_low: Length | None = Field(None, description="schedule: smallest σ, Å")
+    std_high: Length | None = Field(None, description="schedule: largest σ, Å")
+
+    @model_validator(mode="after")
+    def _schedule_is_whole(self) -> Self:
+        schedule = {"num_steps": self.num_steps, "std_low": self.std_low, "std_high": self.std_high}
+        missing = [key for key, value in schedule.items() if value is None]
+        if 0 < len(missing) < len(schedule):
+            raise ValueError(f"a noise schedule needs num_steps, std_low and std_high; missing: {', '.join(missing)}")
+        if self.schedule is not None:
+            if "std" in self.model_fields_set:
+                raise ValueError("std and a noise schedule (num_steps, std_low, std_high) exclude each other")
+            if self.std_low > self.std_high:
+                raise ValueError(f"std_low ({self.std_low}) must not exceed std_high ({self.std_high})")
+        return self
+
+    @property
+    def schedule(self) -> tuple[float, ...] | None:
+        """The σ of the schedule in Å, evenly spaced in log; None where σ is fixed."""
+        if self.std_high is None or self.std_low is None or self.num_steps is None:
+            return None
+        low, high = math.log(self.std_low), math.log(self.std_high)
+        return tuple(math.exp(low + (high - low) * i / max(self.num_steps - 1, 1)) for i in range(self.num_steps))
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """All σ that structures may get, Å."""
+        return self.schedule or (self.std,)
+
+
+class DensSettings(_NoiseSettings):
+    """DeNS (Liao et al. 2024, arXiv 2403.09549). Defaults: the OC20 2M run of 12 epochs."""
+
+    source = "OC20 2M run"
+    sources = {
+        "exclude_md": "OC20 All+MD run",
+        **dict.fromkeys(
+            ("coefficient_decay", "min_num_atoms", "max_force_norm", "max_stress_norm", "strict_max_ratio"),
+            "off; EquiformerV3 has it",
+        ),
+        "honour_skip_dens": "EquiformerV3",
+    }
+
+    prob: Share | None = Field(0.5, description="share of the steps that denoise (p_DeNS)")
+    std: Length = Field(0.1, description="standard deviation σ of the noise, Å")
+    std_high: Length | None = Field(None, description="schedule: largest σ, Å; also the unit of the target")
+    sigma_encoding: bool = Field(False, description="schedule: tell the model each structure's σ")
+    force_encoding: bool = Field(True, description="tell the model the original's forces (`false`: ablation)")
+    corrupt_ratio: Ratio | None = Field(0.5, description="probability that an atom moves; `null`: all move")
+    coefficient: Annotated[Real, Field(ge=0)] = Field(10.0, description="weight λ of the denoising term")
+    coefficient_decay: Share | None = Field(
+        None, description="λ falls linearly to this share of itself by the last step; `null`: constant"
+    )
+    train_outputs: tuple[str, ...] = Field(
+        ("energy",), description="outputs, besides forces, that train on corrupted structures (stress does not)"
+    )
+    exclude_md: bool = Field(True, description="never corrupt structures marked `md`")
+    min_num_atoms: Annotated[Count, Field(ge=1)] | None = Field(None, description="never corrupt smaller structures")
+    max_force_norm: Length | None = Field(
+        None, description="never corrupt a structure whose largest |F| exceeds this, eV/Å"
+    )
+    max_stress_norm: Length | None = Field(
+        None, description="never corrupt a structure whose stress exceeds this (Frobenius norm, the data's unit)"
+    )
+    strict_max_ratio: Ratio | None = Field(
+        None, description="leave a structure alone when more than this share of its atoms would move"
+    )
+    honour_skip_dens: bool = Field(True, description="never corrupt structures marked `skip_dens`")
+
+    @model_validator(mode="after")
+    def _sigma_is_told_of_a_schedule(self) -> Self:
+        if self.schedule is None and self.sigma_encoding:
+            raise ValueError("sigma_encoding needs a noise schedule: set num_steps, std_low and std_high")
+        return self
+
+
+_OF_THE_EMBEDDING = (
+    "std_reg",
+    "condition_drop",
+    "null_condition",
+    "stop_gradient_condition",
+    "pool",
+    "clamp",
+    "gate_bound",
+    "embed_tags",
+)
+
+
+class ScdSettings(_NoiseSettings):
+    """SCD (Perez, Gómez-Bombarelli 2026, arXiv 2603.17196). Defaults: the paper's, and ours where it has none."""
+
+    source = "the paper"
+    sources = {
+        "prob": "ours",
+        "coefficient": "1: the paper; 10: ours",
+        "all_atoms": "ours: slabs have fixed atoms",
+        "num_steps": "ours",
+        "std_low": "ours",
+        "std_high": "ours",
+        "std_reg": "0.005: the paper; none: ours",
+        "noise_scale": "ours: a statistic a component, as in the paper, breaks equivariance",
+        "condition": "the paper; forces beside it: ours",
+        "null_condition": "ours: the plain model stays what it is",
+        "stop_gradient_condition": "the paper; true: ours",
+        "gate_bound": "ours",
+        "embed_tags": "the paper, for pockets and ligands",
+        "denoise_tags": "the paper, for pockets and ligands",
+    }
+
+    std: Length = Field(0.04, description="standard deviation σ of the noise, Å")
+    std_reg: Annotated[Real, Field(ge=0)] | None = Field(
+        None,
+        description="standard deviation of the noise on the clean view, Å; `null`: 0.005 in pre-training, none beside "
+        "other losses, whose labels belong to the structure as it is",
+    )
+    corrupt_ratio: Ratio | None = Field(None, description="probability that an atom moves; `null`: all move")
+    coefficient: Annotated[Real, Field(ge=0)] | None = Field(
+        None, description="weight of the denoising term; `null`: 1 in pre-training, 10 beside other losses"
+    )
+    loss: NoiseLoss = Field("mse", description="the host's loss function for the noise")
+    noise_scale: Literal["std", "running"] | None = Field(
+        None,
+        description="what the target is divided by: σ, or the root mean square of all noise so far; `null`: σ, "
+        "with a schedule `running`",
+    )
+    condition: Conditions = Field(
+        frozenset({"self"}),
+        description="what the noisy pass is told: the clean pass's embedding, the original's forces, both or nothing",
+    )
+    condition_drop: Share = Field(0.2, description="probability that a structure is not told its embedding")
+    null_condition: Literal["identity", "mask_token"] = Field(
+        "identity",
+        description="without an embedding: the plain backbone, or the authors' mask token (which ties the model to "
+        "this package)",
+    )
+    stop_gradient_condition: bool = Field(False, description="no gradient through the embedding into the clean pass")
+    pool: Literal["sum", "mean"] = Field("sum", description="how atoms are pooled into the embedding")
+    clamp: Length = Field(1000.0, description="bound on the elements of the embedding as the blocks see it")
+    gate_bound: Ratio = Field(1.0, description="a block's update is scaled within 1 ± this")
+    embed_tags: Tags | None = Field(
+        None,
+        description="embed the atoms with these tags alone, as a graph of their own, if there are two at least; "
+        "`null`: all",
+    )
+    denoise_tags: Tags | None = Field(
+        None, description="denoise the atoms with these tags alone, as a graph of their own; `null`: all"
+    )
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        if "self" not in self.condition:
+            idle = [key for key in _OF_THE_EMBEDDING if key in self.model_fields_set and getattr(self, key) is not None]
+            if idle:
+                raise ValueError(f"{', '.join(idle)}: of the embedding, but condition does not name 'self'")
+        if self.null_condition == "mask_token" and self.gate_bound != 1.0:
+            raise ValueError("gate_bound belongs to null_condition: identity; the authors' gate has none")
+        if self.noise_scale == "std" and self.schedule is not None:
+            raise ValueError("noise_scale: std needs one σ; with a schedule it is 'running'")
+        return self
+
+    @property
+    def parts(self) -> dict[str, frozenset[int]]:
+        """The tags of each part that is not the whole structure, by setting."""
+        parts = {"embed_tags": self.embed_tags, "denoise_tags": self.denoise_tags}
+        return {key: tags for key, tags in parts.items() if tags is not None}
+
+
+class NoisyNodesSettings(Settings):
+    """Noisy nodes: unconditioned denoising beside the ordinary loss, on slightly noisy input."""
+
+    source = "ours"
+    sources = {
+        "std": "SCD's paper, crystals",
+        "coefficient": "within the range of SCD's paper",
+        "corrupt_ratio": "SCD's paper",
+        "loss": "SCD's paper",
+    }
+
+    std: Length = Field(5e-4, description="standard deviation σ of the noise, Å (crystals; molecules: 0.005)")
+    corrupt_ratio: Ratio | None = Field(None, description="probability that an atom moves; `null`: all move")
+    coefficient: Annotated[Real, Field(ge=0)] = Field(0.1, description="weight of the denoising term")
+    loss: NoiseLoss = Field("mse", description="the host's loss function for the noise")
+
+
+class DropPathSettings(_Block):
+    """A drop-path rate that falls while fine-tuning begins (SCD, arXiv 2603.17196)."""
+
+    source = "SCD's paper"
+
+    start: Annotated[Real, Field(ge=0, lt=1)] = Field(0.15, description="rate in the first step")
+    end: Annotated[Real, Field(ge=0, lt=1)] = Field(0.0, description="rate from `steps` on")
+    steps: Annotated[Count, Field(ge=1)] = Field(2000, description="over how many steps it falls, linearly")
+
+    def rate(self, step: int) -> float:
+        """Rate of a step, the first being 1."""
+        return self.start + (self.end - self.start) * min((step - 1) / self.steps, 1.0)
+
+
+class CellRepeatSettings(_Block):
+    """Random repeats of small periodic cells in the training data (SCD, arXiv 2603.17196)."""
+
+    source = "SCD's paper"
+    sources = {"max_atoms": "ours: the paper has no bound"}
+
+    tries: Annotated[Count, Field(ge=0)] = Field(2, description="how often an axis may be doubled")
+    prob: Share = Field(0.5, description="probability that a try doubles a random periodic axis")
+    min_atoms: Annotated[Count, Field(ge=1)] = Field(4, description="double further until a structure has this many")
+    max_atoms: Annotated[Count, Field(ge=1)] = Field(
+        64, description="never double at random beyond this many (ours; the paper has no bound)"
+    )
+
+
+class DenoisingBlock(_Block):
+    """The block's own keys, beside one key a task."""
+
+    restart: bool = Field(
+        False, description="count steps from zero when a checkpoint of another kind (plain, say) is given"
+    )
+    on_bad_data: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a row that cannot be read or trained on ends the run, named, or is left out and counted, and the "
+        "next good one stands in for it; docs/long-runs.md says what counts as bad",
+    )
+    drop_path: DropPathSettings | None = Field(None, description="a schedule for the backbone's drop path")
+    repeat_cells: CellRepeatSettings | None = Field(None, description="repeat small periodic cells in training")
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """A parsed `task.denoising` block.
+
+    Attributes:
+        tasks: settings of each task that is on, by name, with every `prob` filled in.
+        restart, on_bad_data, drop_path, repeat_cells: the block's own settings.
+    """
+
+    tasks: dict[str, Settings]
+    restart: bool
+    on_bad_data: str
+    drop_path: DropPathSettings | None
+    repeat_cells: CellRepeatSettings | None
+
+
+def parse_denoising(block: Any, tasks: dict[str, type[Settings]]) -> Denoising:
+    """Parse the `task.denoising` block.
+
+    Args:
+        block: the block as read from YAML. A task set to null is off.
+        tasks: settings class of every known task, by name.
+
+    Raises:
+        ConfigError: names each offending key with what was wrong.
+    """
+    model = create_model("Denoising", __base__=DenoisingBlock, **{n: (cls | None, None) for n, cls in tasks.items()})
+    try:
+        parsed = model.model_validate({} if block is None else block)
+    except ValidationError as error:
+        own = {"drop_path": DropPathSettings, "repeat_cells": CellRepeatSettings}
+        raise ConfigError(_explain(error, {"": model, **own, **tasks})) from None
+    settings = {name: getattr(parsed, name) for name in tasks if getattr(parsed, name) is not None}
+    own = {name: getattr(parsed, name) for name in DenoisingBlock.model_fields}
+    return Denoising(_fill_probabilities(settings), **own)
+
+
+def _fill_probabilities(settings: dict[str, Settings]) -> dict[str, Settings]:
+    """Give every task without a `prob` an equal part of what the others leave."""
+    taken = {name: s.prob for name, s in settings.items() if s.prob is not None}
+    if sum(taken.values()) > 1 + 1e-9:
+        shares = ", ".join(f"task.denoising.{name}.prob = {prob:g}" for name, prob in taken.items())
+        raise ConfigError(f"{shares}: a step has at most one task, so the probabilities must sum to at most 1")
+    rest = max(0.0, 1 - sum(taken.values())) / max(1, len(settings) - len(taken))
+    return {name: s if s.prob is not None else s.model_copy(update={"prob": rest}) for name, s in settings.items()}
+
+
+def _explain(error: ValidationError, models: dict[str, type[BaseModel]]) -> str:
+    lines = []
+    for issue in error.errors():
+        path = [str(part) for part in issue["loc"]]
+        key = ".".join(["task.denoising", *path])
+        if issue["type"] == "extra_forbidden":
+            owner = models.get(path[0], models[""]) if len(path) > 1 else models[""]
+            known = list(owner.model_fields)
+            close = difflib.get_close_matches(path[-1], known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
+            lines.append(f"{key}: unknown key; {hint}")
+        else:
+            reason = issue["msg"].removeprefix("Value error, ")
+            value = f" (got {issue['input']!r})" if not isinstance(issue["input"], dict) else ""
+            lines.append(f"{key}: {reason}{value}")
+    return "\n".join(lines)

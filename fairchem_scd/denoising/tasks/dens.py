@@ -1,0 +1,103 @@
+"""DeNS: denoising non-equilibrium structures (Liao et al., TMLR 2024, arXiv 2403.09549)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from fairchem_scd.denoising.conditions import ForceEncoding
+from fairchem_scd.denoising.corruption import Corruption, corrupt
+from fairchem_scd.denoising.plan import Objective, Pass
+from fairchem_scd.denoising.settings import DensSettings
+from fairchem_scd.denoising.structures import Structures, require
+from fairchem_scd.denoising.tasks.base import Backbone, Task
+from fairchem_scd.errors import ConfigError
+
+
+class Dens(Task):
+    """Corrupt a structure, tell the model the forces of the original, predict the noise.
+
+    One pass: corrupted atoms train on their noise, the others on their forces, the structure on the original's energy.
+    """
+
+    name = "dens"
+    Settings = DensSettings
+    settings: DensSettings
+
+    @property
+    def labels(self) -> frozenset[str]:
+        return frozenset({"forces"} | ({"stress"} if self.settings.max_stress_norm is not None else set()))
+
+    @property
+    def tells_forces(self) -> bool:
+        return self.settings.force_encoding or self.settings.sigma_encoding
+
+    def check(self, outputs: Collection[str], trained: Collection[str]) -> None:
+        for key, names in (("outputs", outputs), ("loss_functions", trained)):
+            if "forces" not in names:
+                raise ConfigError(f"{key}: no 'forces'; task.denoising.dens trains noise in their place")
+        for name in self.settings.train_outputs if "train_outputs" in self.settings.model_fields_set else ():
+            if name not in outputs:
+                known = ", ".join(n for n in outputs if n != "forces")
+                raise ConfigError(f"task.denoising.dens.train_outputs: '{name}' is not an output; outputs: {known}")
+
+    def modules(self, backbone: Backbone) -> nn.ModuleDict:
+        modules = nn.ModuleDict({"noise_head": backbone.vector_head()})
+        s = self.settings
+        if self.tells_forces:
+            modules["encoding"] = ForceEncoding(
+                **backbone.encoding_spec, forces=s.force_encoding, sigma=s.sigma_encoding
+            )
+        return modules
+
+    def corrupt(self, structures: Structures, *, seed: int, step: int) -> Corruption:
+        s = self.settings
+        return corrupt(
+            structures.natoms,
+            structures.ids,
+            self.movable(structures),
+            seed=seed,
+            step=step,
+            sigmas=s.sigmas,
+            ratio=s.corrupt_ratio,
+            excluded=self._excluded(structures),
+            max_ratio=s.strict_max_ratio,
+        )
+
+    def passes(self, structures: Structures, corruption: Corruption, *, seed: int, step: int) -> tuple[Pass, ...]:
+        encoding = None
+        if self.settings.force_encoding or self.settings.sigma_encoding:
+            forces = require(structures.forces, "forces", self.name)
+            encoding = (forces, corruption.mask, corruption.sigma[corruption.batch])
+        return (Pass(structures.pos + corruption.noise, encoding=encoding, noise=True),)
+
+    def objective(self, progress: float) -> Objective:
+        s = self.settings
+        decay = 1.0 if s.coefficient_decay is None else 1.0 + (s.coefficient_decay - 1.0) * progress
+        return Objective(
+            coefficient=s.coefficient * decay,
+            scale=s.std_high if s.schedule else s.std,
+            outputs=frozenset(s.train_outputs),
+        )
+
+    def _excluded(self, structures: Structures) -> Tensor:
+        """[B] bool: structures that the MD mark or a guard leaves alone."""
+        s = self.settings
+        excluded = torch.zeros(len(structures.natoms), dtype=torch.bool)
+        if s.exclude_md and structures.md is not None:
+            excluded |= structures.md
+        if s.honour_skip_dens and structures.skip_dens is not None:
+            excluded |= structures.skip_dens
+        if s.min_num_atoms is not None:
+            excluded |= structures.natoms < s.min_num_atoms
+        if s.max_force_norm is not None:
+            norm = require(structures.forces, "forces", self.name).norm(dim=-1)
+            largest = torch.zeros(len(excluded), dtype=norm.dtype)
+            largest.scatter_reduce_(0, structures.batch, norm, "amax")
+            excluded |= largest > s.max_force_norm
+        if s.max_stress_norm is not None:
+            stress = require(structures.stress, "stress", self.name).reshape(len(excluded), -1)
+            excluded |= stress.norm(dim=-1) > s.max_stress_norm
+        return excluded

@@ -1,0 +1,48 @@
+"""Checkpoint files: read with one clear error, written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fairchem_scd.errors import ConfigError
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint on the CPU.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ConfigError: the file is no fairchem checkpoint.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(errno.ENOENT, "checkpoint file not found", str(path))
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise ConfigError(f"{path}: not a checkpoint, or cut short ({error})") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "config"} <= set(checkpoint):
+        raise ConfigError(f"{path}: not a fairchem checkpoint: it has no 'state_dict' and 'config'")
+    if not isinstance(checkpoint["state_dict"], dict) or not isinstance(checkpoint["config"], dict):
+        raise ConfigError(f"{path}: not a fairchem checkpoint: its 'state_dict' and 'config' are not mappings")
+    return checkpoint
+
+
+def what_next(folder: str, *, pretrained: bool = False) -> str:
+    """What a user does with a finished run's checkpoints; a `pretrained` one predicts nothing yet."""
+    best, last = (Path(folder) / name for name in ("best_checkpoint.pt", "checkpoint.pt"))
+    found = f"  best on validation:   {best}\n" if best.is_file() else ""
+    best = best if best.is_file() else last  # without validation there is no best
+    calculator = "" if pretrained else f"  use it with ASE:     OCPCalculator(checkpoint_path='{best}')\n"
+    return (
+        f"Training is done.\n"
+        f"{found}"
+        f"  last, to resume from: {last}\n"
+        f"Next:\n"
+        f"{calculator}"
+        f"  train it further:    fairchem --mode train --config-yml YOUR.yml --checkpoint {last}\n"
+        f"  fine-tune from it:   model.finetune_config.starting_checkpoint: {best}"
+    )

@@ -1,0 +1,165 @@
+"""Rows that cannot be trained on, found where they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from ase import Atoms
+from ase.neighborlist import neighbor_list
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fairchem_scd.errors import ConfigError, DataError
+from fairchem_scd.fairchem1.data.rows import check_batch
+
+_SAME_SPOT = 0.01
+"""Å; atoms closer than this are one atom listed twice. The host leaves out such edges, and trains on the labels."""
+
+_SAMPLE = 32
+_ENOUGH = 100
+"""Bad rows in a row after which the data itself is bad."""
+
+
+class Guarded(Dataset):
+    """A host dataset in which the next good row stands in for a bad one.
+
+    Every row says under `bad_data` what was wrong with those it stands in for, "" if nothing; whether that ends the run
+    is for the trainer to say, on all ranks at once.
+
+    Args:
+        dataset: of the host, or a wrapper of this package.
+        split: its key in the config.
+        check: raises ConfigError or DataError for a row that cannot be trained on.
+    """
+
+    def __init__(self, dataset: Any, split: str, check: Callable[[Any], None]) -> None:
+        self.dataset, self.split, self.check = dataset, split, check
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> tuple[Any, Exception | None]:
+        """The row, or what is wrong with it."""
+        try:
+            row = self.dataset[index]
+        except Exception as error:  # of lmdb, pickle, ase …
+            return None, DataError(f"cannot be read: {type(error).__name__}: {error}")
+        try:
+            self.check(row)
+        except (ConfigError, DataError) as error:
+            return None, error
+        return row, None
+
+    def __getitem__(self, index: int) -> Any:
+        found: list[str] = []
+        for offset in range(min(len(self), _ENOUGH)):
+            row, error = self.read((index + offset) % len(self))
+            if error is None:
+                row.bad_data = "\n".join(found)
+                return row
+            found.append(self._named((index + offset) % len(self), error))
+        raise DataError(f"{len(found)} rows one after the other cannot be trained on; the first: {found[0]}")
+
+    def sample(self, *, skip: bool) -> list[Any]:
+        """Rows evenly spaced over the data.
+
+        Args:
+            skip: leave bad ones out.
+
+        Raises:
+            ConfigError, DataError: there are no rows; all of them are bad, or one is and `skip` is False.
+        """
+        if not len(self):
+            raise ConfigError(f"dataset.{self.split}: no structures")
+        last, parts = len(self) - 1, max(min(len(self), _SAMPLE) - 1, 1)
+        rows = []
+        for index in sorted({k * last // parts for k in range(parts + 1)}):
+            row, error = self.read(index)
+            if error is None:
+                rows.append(row)
+            elif not skip:
+                raise type(error)(self._named(index, error)) from error
+        if not rows:
+            raise type(error)(self._named(index, error)) from error
+        return rows
+
+    def _named(self, index: int, error: Exception) -> str:
+        return f"dataset.{self.split}, row {self._place(index)}: {error}"
+
+    def _place(self, index: int) -> int:
+        """The row's number in the data itself; the host's datasets are shuffled subsets."""
+        dataset = self.dataset
+        while not hasattr(dataset, "indices") and hasattr(dataset, "dataset"):
+            dataset = dataset.dataset
+        indices = getattr(dataset, "indices", None)
+        return int(indices[index]) if indices is not None else index
+
+
+def check_row(
+    row: Any,
+    split: str,
+    needed: Mapping[str, str],
+    *,
+    max_num_elements: int | None,
+    elements_key: str | None,
+    use_pbc: bool,
+    cutoff: float | None,
+    alone: str,
+) -> None:
+    """Raise ConfigError or DataError for a row that cannot be trained on.
+
+    Args:
+        row: of a dataset.
+        split: its key in the config.
+        needed: for each label that is trained on or told, what asks for it.
+        max_num_elements: see `check_batch`.
+        elements_key: likewise.
+        use_pbc: the model's graphs are periodic.
+        cutoff: within which the model sees neighbours, Å.
+        alone: why the host cannot run the row without any edge; "" where it can.
+    """
+    if not len(row.pos):
+        raise DataError("a structure without atoms")
+    for label, by in sorted(needed.items()):
+        if getattr(row, label, None) is None:
+            raise ConfigError(
+                f"{by} needs the label '{label}', which is not there; its keys: {', '.join(sorted(row.keys()))}. LMDBs "
+                f"name labels by dataset.{split}.key_mapping (y: energy, force: forces), ASE databases read them with "
+                f"dataset.{split}.a2g_args.r_{label}: true"
+            )
+    check_batch(row, needed, max_num_elements, elements_key)
+    distance = nearest_images(row, use_pbc)
+    if len(distance) > 1 and float(distance.min()) < _SAME_SPOT:
+        first, second = divmod(int(distance.argmin()), len(distance))
+        raise DataError(f"atoms {min(first, second)} and {max(first, second)} are on the same spot")
+    if alone and cutoff is not None and not _has_neighbours(row, distance, cutoff, use_pbc):
+        raise DataError(f"no atom has a neighbour within {cutoff:g} Å, and {alone}")
+
+
+def nearest_images(row: Any, use_pbc: bool = True) -> Tensor:
+    """[N, N] distances by the minimum image convention in fractional coordinates, Å; infinite on the diagonal.
+
+    Exact where they are small against the cell, and never too small. Without `use_pbc` there are no images.
+    """
+    vectors = row.pos[:, None] - row.pos[None]
+    cell = row.cell.view(3, 3).to(row.pos) if getattr(row, "cell", None) is not None else None
+    if cell is not None and float(torch.linalg.det(cell).abs()) > 0:
+        fractional = vectors @ torch.linalg.inv(cell)
+        vectors = (fractional - fractional.round() * _periodic(row, use_pbc)) @ cell
+    return vectors.norm(dim=-1).fill_diagonal_(torch.inf)
+
+
+def _periodic(row: Any, use_pbc: bool) -> Tensor:
+    pbc = getattr(row, "pbc", None) if use_pbc else (False, False, False)
+    return torch.as_tensor(pbc).view(-1)[:3].to(row.pos) if pbc is not None else torch.ones(3)
+
+
+def _has_neighbours(row: Any, distance: Tensor, cutoff: float, use_pbc: bool) -> bool:
+    if float(distance.min()) < cutoff:
+        return True
+    cell = row.cell.view(3, 3).numpy() if getattr(row, "cell", None) is not None else None
+    periodic = _periodic(row, use_pbc).bool().numpy() if cell is not None else False
+    atoms = Atoms(row.atomic_numbers.view(-1).numpy(), row.pos.numpy(), cell=cell, pbc=periodic)
+    return len(neighbor_list("i", atoms, cutoff)) > 0

@@ -1,1 +1,0 @@
-"""Pictures, one file a picture, all in one print style. Each module draws a figure; `style.save` writes it."""

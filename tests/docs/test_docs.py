@@ -1,0 +1,98 @@
+"""Every command and every piece of Python in README and docs runs, in order, on sample data."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from click.testing import CliRunner
+from fairchem.core._cli import main as fairchem
+from fairchem.core.common import distutils
+from fairchem.core.common.flags import flags
+
+from fairchem_scd.commands import main
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if "```bash" in path.read_text())
+# The sample configs, smaller: what is tested is that the commands fit together.
+SMALLER = {
+    r"num_structures: 240": "num_structures: 24",
+    r"num_structures: 48": "num_structures: 8",
+    r"max_epochs: \d+": "max_epochs: 1",
+    r"(sphere_channels|edge_channels|ffn_hidden_channels): 32": r"\1: 8",
+    r"max_radius: 6.0": "max_radius: 4.0",
+    r"num_layers: 2": "num_layers: 1",
+    r"(lmax_list|mmax_list): \[2\]": r"\1: [1]",
+}
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of each block that is meant to be run, in order."""
+    found = re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text(), re.S | re.M)
+    return [(language, text) for language, text in found if "pip install" not in text]
+
+
+def run(command: str) -> None:
+    words = shlex.split(command)
+    assert words[:2] == ["uv", "run"], f"a command that a reader cannot copy: {command}"
+    if words[2] == "fairchem-scd":
+        result = CliRunner().invoke(main, words[3:])
+        assert result.exit_code == 0, f"{command}\n{result.output}"
+        return
+    assert words[2] == "fairchem"
+    try:
+        # Its default, the working directory, is that of the time of its import.
+        fairchem(*flags.get_parser().parse_known_args([*words[3:], "--run-dir", "."]))
+    finally:
+        distutils.cleanup()
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """What a reader has: the configs, and nothing else."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for path in (tmp_path / "configs").rglob("*.yml"):
+        text = path.read_text()
+        for long, short in SMALLER.items():
+            text = re.sub(long, short, text)
+        path.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with mock.patch.dict(os.environ):  # the host sets variables for its processes
+        yield tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs_from_top_to_bottom(page, clone):
+    for language, text in blocks(page):
+        if language == "python":
+            exec(compile(text, page.name, "exec"), {})
+            continue
+        for command in text.strip().splitlines():
+            run(command)
+
+
+def test_the_readme_runs_from_top_to_bottom(clone):
+    for language, text in blocks(ROOT / "README.md"):
+        if language == "bash":
+            for command in text.strip().splitlines():
+                if "pytest" not in command:
+                    run(command)
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "docs").glob("*.md"):
+        for target in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_commands_that_the_text_names_exist():
+    pages = [page.read_text() for page in (ROOT / "docs").glob("*.md")]
+    named = {name for page in pages for name in re.findall(r"fairchem-scd (\w+)", page)}
+    assert named <= set(main.list_commands(None))
+    for name in main.list_commands(None):
+        assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0

@@ -1,0 +1,112 @@
+"""The claims about every backbone of the host that has an adapter."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from fairchem.core.common.registry import registry
+
+import tests.fairchem1.test_backbones
+import tests.fairchem1.test_edge_backbones
+from fairchem_scd import ConfigError, DenoisingHydra
+from fairchem_scd.fairchem1.backbones import adapters
+from fairchem_scd.fairchem1.legacy import modernise, twin_key
+from fairchem_scd.testing import SCD, BackboneClaims, collate, gradients
+from tests.support import (
+    BACKBONES,
+    ESEN,
+    ESEN_GRADIENT_HEAD,
+    ESEN_HEADS,
+    ESEN_SMOOTH,
+    HEADS,
+    edge_frames_without_chance,
+)
+
+
+class TestEquiformerV2(BackboneClaims):
+    backbone = BACKBONES["equiformer_v2"]
+    heads = HEADS["equiformer_v2"]
+    without_chance = staticmethod(edge_frames_without_chance)
+
+
+class TestESCN(BackboneClaims):
+    backbone = {**BACKBONES["escn"], "num_sphere_samples": 128}
+    heads = HEADS["escn"]
+    without_chance = staticmethod(edge_frames_without_chance)
+
+
+class TestESEN(BackboneClaims):
+    backbone = ESEN
+    heads = ESEN_HEADS
+    without_chance = staticmethod(edge_frames_without_chance)
+
+
+class TestConservativeESEN(BackboneClaims):
+    backbone = ESEN_SMOOTH
+    heads = ESEN_GRADIENT_HEAD
+    without_chance = staticmethod(edge_frames_without_chance)
+
+
+class TestPaiNN(BackboneClaims):
+    backbone = {"model": "painn_backbone", "hidden_channels": 8, "num_layers": 2, "num_rbf": 8, "cutoff": 4.5}
+    backbone |= {"max_neighbors": 300}
+    heads = {"energy": {"module": "painn_energy_head"}, "forces": {"module": "painn_force_head"}}
+
+
+def test_a_one_piece_painn_is_its_twin_bit_for_bit(rows):
+    """Outputs and gradients, of the same weights."""
+    arguments = {key: value for key, value in TestPaiNN.backbone.items() if key != "model"}
+    torch.manual_seed(0)
+    one_piece = registry.get_model_class("painn")(**arguments).train()
+    block, _ = modernise({"name": "painn", **arguments})
+    twin = DenoisingHydra(denoising=SCD, **{key: value for key, value in block.items() if key != "name"}).train()
+    state = {twin_key(key): value for key, value in one_piece.state_dict().items()}
+    assert set(state) == {key for key in twin.state_dict() if not key.startswith("denoising.")}
+    twin.load_state_dict(state, strict=False)
+    batch = collate(rows[:3])
+    expected, expected_gradients = gradients(one_piece, batch)
+    out, found = gradients(twin, batch)
+    for key, value in expected.items():
+        assert torch.equal(out[key].view(-1), value.view(-1)), key
+    for key, value in expected_gradients.items():
+        ours = found[twin_key(key)]
+        assert torch.equal(ours, value) if value is not None else ours is None, key  # scale factors are not trained
+
+
+def test_painn_without_direct_forces_is_refused_with_the_reason():
+    class Gradient(TestPaiNN):
+        backbone = {**TestPaiNN.backbone, "direct_forces": False}
+
+    with pytest.raises(ConfigError, match="direct_forces"):
+        Gradient().ours(SCD)
+
+
+def test_schnet_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match=r"schnet.*no hydra backbone"):
+        modernise({"name": "schnet", "hidden_channels": 8})
+
+
+def test_the_readme_says_what_works_on_which_backbone():
+    """A claim a cell: every adapter has its classes here, and DeNS is where forces can be told."""
+    claims = {}
+    for cls in vars(tests.fairchem1.test_backbones).values(), vars(tests.fairchem1.test_edge_backbones).values():
+        for each in cls:
+            if isinstance(each, type) and issubclass(each, BackboneClaims) and each is not BackboneClaims:
+                claims.setdefault(each.backbone["model"], []).append(each())
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    table = readme.split("| backbone |")[1].split("\n\n")[0].splitlines()[2:]
+    rows = {re.search(r"`(\w+)`", line)[1]: [cell.strip() for cell in line.split("|")[1:-1]] for line in table}
+    hosts = [cls for cls in adapters() if cls.host_class.__module__.startswith("fairchem.")]  # others register theirs
+    assert set(rows) - {"schnet"} == {name for cls in hosts for name in cls.names}
+    for name, (title, forces, *cells) in rows.items():
+        if name == "schnet":
+            assert "✓" not in "".join(cells)
+            continue
+        assert cells == ["✓" if claims[name][0].tells_forces() else "–", "✓", "✓", "✓"], title
+        kinds = {"conservative" if each.ours(SCD).adapter.conservative else "direct" for each in claims[name]}
+        assert set(forces.split(", ")) == kinds, title
+        legacy = {old for cls in adapters() if name in cls.names for old in cls.one_piece if not old.endswith("_dens")}
+        assert set(re.findall(r"`(\w+)`", title)) == {name, *legacy}
