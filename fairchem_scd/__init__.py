@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fairchem_scd.fairchem1.plugin import (
         DenoisingHydra,
         DenoisingMixin,
+        DenoisingTask,
         DenoisingTrainer,
         EquiformerV2DenoisingTrainer,
         MLIPDenoisingTrainer,
@@ -29,6 +30,7 @@ __all__ = [
     "DataError",
     "DenoisingHydra",
     "DenoisingMixin",
+    "DenoisingTask",
     "DenoisingTrainer",
     "EquiformerV2DenoisingTrainer",
     "MLIPDenoisingTrainer",

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fairchem_scd.denoising.conditions import Given
+from fairchem_scd.denoising.conditions import BoundModulation
 from fairchem_scd.errors import ConfigError
 
 
@@ -33,11 +33,11 @@ class Adapter(ABC):
 
     host_class: ClassVar[type[nn.Module]]
     names: ClassVar[tuple[str, ...]]
-    one_piece: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
+    legacy_heads: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
     moved: ClassVar[Mapping[str, str]] = {"energy_block": "energy", "force_block": "forces"}
     dropped: ClassVar[Mapping[str, Any]] = {}
     vectors_need_forces: ClassVar[bool] = True
-    lone_structures: ClassVar[bool] = True
+    runs_lone_structures: ClassVar[bool] = True
     elements_key: ClassVar[str | None] = "max_num_elements"
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -65,9 +65,9 @@ class Adapter(ABC):
         return
 
     @classmethod
-    def twin_heads(cls, name: str, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def hydra_heads(cls, name: str, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The heads of the hydra twin of the one-piece model `name` with those arguments."""
-        return copy.deepcopy(dict(cls.one_piece[name]))
+        return copy.deepcopy(dict(cls.legacy_heads[name]))
 
     @abstractmethod
     def vector_head(self) -> nn.Module:
@@ -83,10 +83,10 @@ class Adapter(ABC):
         Raises:
             ConfigError: its atoms have no features that turn with the structure.
         """
-        raise self.cannot_tell_forces()
+        raise self.cannot_condition_on_forces()
 
     @classmethod
-    def cannot_tell_forces(cls) -> ConfigError | None:
+    def cannot_condition_on_forces(cls) -> ConfigError | None:
         """The reason; None if it can."""
         if cls.encoding_spec is not Adapter.encoding_spec:
             return None
@@ -110,7 +110,7 @@ class Adapter(ABC):
         return ()
 
     @contextmanager
-    def energy_free(self) -> Iterator[None]:
+    def skip_energy_readout(self) -> Iterator[None]:
         """While entered, a conservative backbone does not prepare for derivatives by positions."""
         backbone = self.backbone
         switches = [name for name in ("regress_forces", "regress_stress") if getattr(backbone, name, False)]
@@ -137,7 +137,7 @@ class Adapter(ABC):
         """[N, C] final l = 0 features, of what the backbone's forward returned."""
         raise self._cannot("embed")
 
-    def in_pass(self, given: Given | None, heads: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> AbstractContextManager[None]:
         """While entered, a pass runs: every block that can be modulated calls `given.scalars` and `given.update`.
 
         What the host runs again in backward must run as it first did, whatever was run since.
@@ -146,7 +146,7 @@ class Adapter(ABC):
             given: the modulation; None: no condition, and no trace.
             heads: the heads that run in this pass.
         """
-        if given is not None:
+        if modulation is not None:
             raise self._cannot("modulate")
         return nullcontext()
 

@@ -38,7 +38,7 @@ def with_scalars(embedding: Tensor, rows: Sequence[int], change: Callable[[Tenso
     return changed
 
 
-class Again:
+class RecomputeInContext:
     """Stands in for a block during a pass, so that activation checkpointing runs it again as in that pass.
 
     Args:

@@ -16,7 +16,7 @@ VALIDATION = -1
 
 
 @dataclass(frozen=True)
-class Part:
+class AtomSubset:
     """Some of a batch's atoms, as a batch of their own with n atoms in the b structures that have any.
 
     Attributes:
@@ -32,7 +32,7 @@ class Part:
     batch: Tensor
 
     @classmethod
-    def of(cls, natoms: Tensor, chosen: Tensor) -> Part:
+    def of(cls, natoms: Tensor, chosen: Tensor) -> AtomSubset:
         """The part of the `chosen` [N] atoms of structures with `natoms` [B] atoms."""
         batch = torch.repeat_interleave(torch.arange(len(natoms)), natoms)
         structures, index, counts = batch[chosen].unique_consecutive(return_inverse=True, return_counts=True)
@@ -56,9 +56,9 @@ class Pass:
     """
 
     pos: Tensor
-    part: Part | None = None
+    subset: AtomSubset | None = None
     encoding: tuple[Tensor, ...] | None = None
-    told: Tensor | None = None
+    conditioned: Tensor | None = None
     outputs: bool = True
     embed: bool = False
     noise: bool = False

@@ -29,9 +29,9 @@ def _listed(value: Any) -> Any:
 
 Real = Annotated[float, BeforeValidator(_reject_bool), Field(allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_reject_bool)]
-Share = Annotated[Real, Field(ge=0, le=1)]
-Length = Annotated[Real, Field(gt=0)]
-Ratio = Annotated[Real, Field(gt=0, le=1)]
+Probability = Annotated[Real, Field(ge=0, le=1)]
+PositiveFloat = Annotated[Real, Field(gt=0)]
+PositiveFraction = Annotated[Real, Field(gt=0, le=1)]
 Tags = Annotated[frozenset[Count], BeforeValidator(_listed), Field(min_length=1)]
 Conditions = Annotated[frozenset[Literal["self", "forces"]], BeforeValidator(_listed)]
 NoiseLoss = Literal["mse", "mae", "l2mae"]
@@ -54,7 +54,7 @@ class _Block(BaseModel):
 class Settings(_Block):
     """Base of every task's settings."""
 
-    prob: Share | None = Field(None, description="share of the steps; `null`: what the other tasks leave")
+    prob: Probability | None = Field(None, description="share of the steps; `null`: what the other tasks leave")
     coefficient: Annotated[Real, Field(ge=0)] = Field(description="weight of the denoising term in the loss")
     all_atoms: bool = Field(False, description="corrupt and denoise fixed atoms too")
 
@@ -62,10 +62,10 @@ class Settings(_Block):
 class _NoiseSettings(Settings):
     """One σ, or a schedule of them."""
 
-    std: Length = Field(description="standard deviation σ of the noise, Å")
+    std: PositiveFloat = Field(description="standard deviation σ of the noise, Å")
     num_steps: Annotated[Count, Field(ge=1)] | None = Field(None, description="schedule: how many σ, evenly in log")
-    std_low: Length | None = Field(None, description="schedule: smallest σ, Å")
-    std_high: Length | None = Field(None, description="schedule: largest σ, Å")
+    std_low: PositiveFloat | None = Field(None, description="schedule: smallest σ, Å")
+    std_high: PositiveFloat | None = Field(None, description="schedule: largest σ, Å")
 
     @model_validator(mode="after")
     def _schedule_is_whole(self) -> Self:
@@ -107,14 +107,14 @@ class DensSettings(_NoiseSettings):
         "honour_skip_dens": "EquiformerV3",
     }
 
-    prob: Share | None = Field(0.5, description="share of the steps that denoise (p_DeNS)")
-    std: Length = Field(0.1, description="standard deviation σ of the noise, Å")
-    std_high: Length | None = Field(None, description="schedule: largest σ, Å; also the unit of the target")
+    prob: Probability | None = Field(0.5, description="share of the steps that denoise (p_DeNS)")
+    std: PositiveFloat = Field(0.1, description="standard deviation σ of the noise, Å")
+    std_high: PositiveFloat | None = Field(None, description="schedule: largest σ, Å; also the unit of the target")
     sigma_encoding: bool = Field(False, description="schedule: tell the model each structure's σ")
     force_encoding: bool = Field(True, description="tell the model the original's forces (`false`: ablation)")
-    corrupt_ratio: Ratio | None = Field(0.5, description="probability that an atom moves; `null`: all move")
+    corrupt_ratio: PositiveFraction | None = Field(0.5, description="probability that an atom moves; `null`: all move")
     coefficient: Annotated[Real, Field(ge=0)] = Field(10.0, description="weight λ of the denoising term")
-    coefficient_decay: Share | None = Field(
+    coefficient_decay: Probability | None = Field(
         None, description="λ falls linearly to this share of itself by the last step; `null`: constant"
     )
     train_outputs: tuple[str, ...] = Field(
@@ -122,13 +122,13 @@ class DensSettings(_NoiseSettings):
     )
     exclude_md: bool = Field(True, description="never corrupt structures marked `md`")
     min_num_atoms: Annotated[Count, Field(ge=1)] | None = Field(None, description="never corrupt smaller structures")
-    max_force_norm: Length | None = Field(
+    max_force_norm: PositiveFloat | None = Field(
         None, description="never corrupt a structure whose largest |F| exceeds this, eV/Å"
     )
-    max_stress_norm: Length | None = Field(
+    max_stress_norm: PositiveFloat | None = Field(
         None, description="never corrupt a structure whose stress exceeds this (Frobenius norm, the data's unit)"
     )
-    strict_max_ratio: Ratio | None = Field(
+    strict_max_ratio: PositiveFraction | None = Field(
         None, description="leave a structure alone when more than this share of its atoms would move"
     )
     honour_skip_dens: bool = Field(True, description="never corrupt structures marked `skip_dens`")
@@ -173,13 +173,13 @@ class ScdSettings(_NoiseSettings):
         "denoise_tags": "the paper, for pockets and ligands",
     }
 
-    std: Length = Field(0.04, description="standard deviation σ of the noise, Å")
+    std: PositiveFloat = Field(0.04, description="standard deviation σ of the noise, Å")
     std_reg: Annotated[Real, Field(ge=0)] | None = Field(
         None,
         description="standard deviation of the noise on the clean view, Å; `null`: 0.005 in pre-training, none beside "
         "other losses, whose labels belong to the structure as it is",
     )
-    corrupt_ratio: Ratio | None = Field(None, description="probability that an atom moves; `null`: all move")
+    corrupt_ratio: PositiveFraction | None = Field(None, description="probability that an atom moves; `null`: all move")
     coefficient: Annotated[Real, Field(ge=0)] | None = Field(
         None, description="weight of the denoising term; `null`: 1 in pre-training, 10 beside other losses"
     )
@@ -193,7 +193,7 @@ class ScdSettings(_NoiseSettings):
         frozenset({"self"}),
         description="what the noisy pass is told: the clean pass's embedding, the original's forces, both or nothing",
     )
-    condition_drop: Share = Field(0.2, description="probability that a structure is not told its embedding")
+    condition_drop: Probability = Field(0.2, description="probability that a structure is not told its embedding")
     null_condition: Literal["identity", "mask_token"] = Field(
         "identity",
         description="without an embedding: the plain backbone, or the authors' mask token (which ties the model to "
@@ -201,8 +201,8 @@ class ScdSettings(_NoiseSettings):
     )
     stop_gradient_condition: bool = Field(False, description="no gradient through the embedding into the clean pass")
     pool: Literal["sum", "mean"] = Field("sum", description="how atoms are pooled into the embedding")
-    clamp: Length = Field(1000.0, description="bound on the elements of the embedding as the blocks see it")
-    gate_bound: Ratio = Field(1.0, description="a block's update is scaled within 1 ± this")
+    clamp: PositiveFloat = Field(1000.0, description="bound on the elements of the embedding as the blocks see it")
+    gate_bound: PositiveFraction = Field(1.0, description="a block's update is scaled within 1 ± this")
     embed_tags: Tags | None = Field(
         None,
         description="embed the atoms with these tags alone, as a graph of their own, if there are two at least; "
@@ -242,8 +242,8 @@ class NoisyNodesSettings(Settings):
         "loss": "SCD's paper",
     }
 
-    std: Length = Field(5e-4, description="standard deviation σ of the noise, Å (crystals; molecules: 0.005)")
-    corrupt_ratio: Ratio | None = Field(None, description="probability that an atom moves; `null`: all move")
+    std: PositiveFloat = Field(5e-4, description="standard deviation σ of the noise, Å (crystals; molecules: 0.005)")
+    corrupt_ratio: PositiveFraction | None = Field(None, description="probability that an atom moves; `null`: all move")
     coefficient: Annotated[Real, Field(ge=0)] = Field(0.1, description="weight of the denoising term")
     loss: NoiseLoss = Field("mse", description="the host's loss function for the noise")
 
@@ -269,7 +269,7 @@ class CellRepeatSettings(_Block):
     sources = {"max_atoms": "ours: the paper has no bound"}
 
     tries: Annotated[Count, Field(ge=0)] = Field(2, description="how often an axis may be doubled")
-    prob: Share = Field(0.5, description="probability that a try doubles a random periodic axis")
+    prob: Probability = Field(0.5, description="probability that a try doubles a random periodic axis")
     min_atoms: Annotated[Count, Field(ge=1)] = Field(4, description="double further until a structure has this many")
     max_atoms: Annotated[Count, Field(ge=1)] = Field(
         64, description="never double at random beyond this many (ours; the paper has no bound)"

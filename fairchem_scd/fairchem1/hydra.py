@@ -14,9 +14,9 @@ from fairchem.core.models.base import GraphModelMixin, HydraModel
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
-from fairchem_scd.denoising.conditions import ConditionHead, Given, Modulation
+from fairchem_scd.denoising.conditions import BoundModulation, ConditionHead, Modulation
 from fairchem_scd.denoising.edge_vector import EdgeVectorHead
-from fairchem_scd.denoising.plan import NOISE, Part, Pass, Plan
+from fairchem_scd.denoising.plan import NOISE, AtomSubset, Pass, Plan
 from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.denoising.tasks import build_tasks
 from fairchem_scd.errors import ConfigError
@@ -85,8 +85,8 @@ class DenoisingHydra(HydraModel):
             the noise head. In training every parameter has a gradient, whatever the plan left out.
         """
         if plan is None:
-            given = self._given(data, None, None)
-            with nullcontext() if given is None else self.adapter.in_pass(given, self.output_heads.values()):
+            modulation = self._given(data, None, None)
+            with nullcontext() if modulation is None else self.adapter.in_pass(modulation, self.output_heads.values()):
                 out = super().forward(data)
             return self._tied(out, [self.denoising])
         out: dict[str, Any] = {}
@@ -118,8 +118,8 @@ class DenoisingHydra(HydraModel):
     def features(self, data: Any) -> Tensor:
         """[N, C] final l = 0 features of the atoms of a batch, which `embed` makes its embedding of."""
         adapter = self.adapter or adapter_for(self.backbone)
-        given = self._given(data, None, None)
-        with adapter.in_pass(given, ()), adapter.energy_free(), _returned_by(self.backbone) as embeddings:
+        modulation = self._given(data, None, None)
+        with adapter.in_pass(modulation, ()), adapter.skip_energy_readout(), _returned_by(self.backbone) as embeddings:
             self.backbone(data)
         return adapter.scalars(embeddings[-1])
 
@@ -130,12 +130,12 @@ class DenoisingHydra(HydraModel):
         view = view_of(data, run)
         heads = [*self.output_heads.values()] if run.outputs else []
         heads += [modules["noise_head"]] if run.noise else []
-        given = self._given(view, _of_part(run.told, run.part), _of_part(embedding, run.part), modules)
+        modulation = self._given(view, _of_part(run.conditioned, run.subset), _of_part(embedding, run.subset), modules)
         out: dict[str, Any] = {}
         with (
-            self.adapter.in_pass(given, heads),
+            self.adapter.in_pass(modulation, heads),
             self._encoded(run, modules),
-            nullcontext() if run.outputs else self.adapter.energy_free(),
+            nullcontext() if run.outputs else self.adapter.skip_energy_readout(),
             _returned_by(self.backbone) as embeddings,
         ):
             # Heads before any other pass starts: the host's read state that the backbone keeps of its latest pass.
@@ -147,34 +147,34 @@ class DenoisingHydra(HydraModel):
                 head = modules["noise_head"]
                 with torch.autocast(view.pos.device.type, enabled=head.use_amp):
                     (noise,) = head(view, embeddings[-1]).values()
-                out[NOISE] = _whole(noise, run.part and run.part.atoms, len(data.pos))
+                out[NOISE] = _whole(noise, run.subset and run.subset.atoms, len(data.pos))
         if not run.embed:
             return out, None
         scalars = self.adapter.scalars(embeddings[-1])
         if run.detach_embedding:
             scalars = scalars.detach()
         made = modules["condition_head"](scalars, view.batch, len(view.natoms))
-        return out, _whole(made, run.part and run.part.structures, len(data.natoms))
+        return out, _whole(made, run.subset and run.subset.structures, len(data.natoms))
 
     def _given(
-        self, view: Any, told: Tensor | None, embedding: Tensor | None, modules: nn.ModuleDict | None = None
-    ) -> Given | None:
+        self, view: Any, conditioned: Tensor | None, embedding: Tensor | None, modules: nn.ModuleDict | None = None
+    ) -> BoundModulation | None:
         """The modulation of a pass over b structures, told [b] an embedding [b, C]; None: no condition at all."""
-        if told is None:
+        if conditioned is None:
             if self._masked is None:
                 return None
             # The authors' model has a mask token wherever there is no condition.
             modules = self.denoising[self._masked]
-            told = torch.zeros(len(view.natoms), dtype=torch.bool, device=view.pos.device)
-            embedding = modules["condition_head"].mask_token.expand(len(told), -1)
-        condition = modules["condition_head"].condition(embedding, told)
-        return modules["modulation"].given(condition[view.batch], told[view.batch])
+            conditioned = torch.zeros(len(view.natoms), dtype=torch.bool, device=view.pos.device)
+            embedding = modules["condition_head"].mask_token.expand(len(conditioned), -1)
+        condition = modules["condition_head"].condition(embedding, conditioned)
+        return modules["modulation"].bind(condition[view.batch], conditioned[view.batch])
 
     def _encoded(self, run: Pass, modules: nn.ModuleDict) -> AbstractContextManager[None]:
         if run.encoding is None:
             return nullcontext()
         encoding = modules["encoding"](*run.encoding)
-        return self.adapter.encoded(encoding if run.part is None else encoding[run.part.atoms])
+        return self.adapter.encoded(encoding if run.subset is None else encoding[run.subset.atoms])
 
     @property
     def _masked(self) -> str | None:
@@ -194,11 +194,11 @@ class DenoisingHydra(HydraModel):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: see `undecayed`."""
-        return undecayed(self, legacy=self.legacy_weight_decay, self_supervised=self.self_supervised)
+        return no_weight_decay_names(self, legacy=self.legacy_weight_decay, self_supervised=self.self_supervised)
 
 
 @contextmanager
-def handed(model: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
+def with_plan(model: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
     """Hand a plan to the one call of the model made inside, and collect all that it returns.
 
     The host's `_forward` calls the model with the batch alone, and keeps only the outputs it knows.
@@ -215,7 +215,7 @@ def handed(model: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
             hook.remove()
 
 
-def undecayed(model: HydraModel, *, legacy: bool, self_supervised: bool) -> set[str]:
+def no_weight_decay_names(model: HydraModel, *, legacy: bool, self_supervised: bool) -> set[str]:
     """Names of the parameters that a run did not decay.
 
     Args:
@@ -248,24 +248,24 @@ def _with_zero_gradients(out: dict[str, Any], parameters: list[nn.Parameter]) ->
 
 def view_of(data: Any, run: Pass) -> Any:
     """The batch as a pass sees it."""
-    if run.part is None:
+    if run.subset is None:
         view = copy.copy(data)
         view.pos = run.pos.detach()  # conservative models make it require a gradient
         return view
-    part = run.part
-    view = Batch(batch=part.batch, natoms=part.natoms.to(data.natoms), pos=run.pos[part.atoms])
-    view.atomic_numbers = data.atomic_numbers[part.atoms]
-    view.cell = data.cell[part.structures]
+    subset = run.subset
+    view = Batch(batch=subset.batch, natoms=subset.natoms.to(data.natoms), pos=run.pos[subset.atoms])
+    view.atomic_numbers = data.atomic_numbers[subset.atoms]
+    view.cell = data.cell[subset.structures]
     if "tags" in data:  # GemNet-OC's quadruplets go by them
-        view.tags = data.tags[part.atoms]
+        view.tags = data.tags[subset.atoms]
     if "pbc" in data:
-        view.pbc = data.pbc.view(-1, 3)[part.structures]
+        view.pbc = data.pbc.view(-1, 3)[subset.structures]
     return view
 
 
-def _of_part(value: Tensor | None, part: Part | None) -> Tensor | None:
+def _of_part(value: Tensor | None, subset: AtomSubset | None) -> Tensor | None:
     """[b, …] of the structures in a part, of [B, …]."""
-    return value if value is None or part is None else value[part.structures]
+    return value if value is None or subset is None else value[subset.structures]
 
 
 def _whole(value: Tensor, rows: Tensor | None, size: int) -> Tensor:

@@ -32,12 +32,12 @@ _PLAIN = {
     esen_dens.MLP_EFS_Head: "esen_mlp_efs_head",
     esen_dens.Linear_Force_Head_DeNS: "esen_linear_force_head",
 }
-_WITHOUT_TWIN = {"schnet", "scn", "gp_gemnet_t", "escn_export"}
+_WITHOUT_HYDRA_BACKBONE = {"schnet", "scn", "gp_gemnet_t", "escn_export"}
 # Arguments of the DeNS models that are settings of the task here.
 _TASK_SETTINGS = {"use_force_encoding": "force_encoding", "use_noise_schedule_sigma_encoding": "sigma_encoding"}
 
 
-def modernise(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def to_hydra(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Turn a host model block into one for DenoisingHydra.
 
     Args:
@@ -53,7 +53,7 @@ def modernise(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     model = copy.deepcopy(dict(model))
     name = model.get("name")
     if name not in ("hydra", "denoising_hydra", HYDRA):
-        model = _hydra_twin(name, model)
+        model = _legacy_to_hydra(name, model)
     dens = _plain_modules(model)
     if model.get("backbone") is not None:
         _check_backbone(model)
@@ -61,7 +61,7 @@ def modernise(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     return model, dens
 
 
-def twin_key(key: str) -> str:
+def hydra_key(key: str) -> str:
     """The name a weight of a one-piece model has in its hydra twin."""
     moved = {prefix: head for cls in adapters() for prefix, head in cls.moved.items()}
     head = moved.get(key.partition(".")[0])
@@ -70,10 +70,10 @@ def twin_key(key: str) -> str:
 
 def _adapter_of(name: str | None) -> type[Adapter]:
     """The adapter of a one-piece model's hydra twin. Raises ConfigError if there is none."""
-    adapter = next((cls for cls in adapters() if name in cls.one_piece), None)
+    adapter = next((cls for cls in adapters() if name in cls.legacy_heads), None)
     if adapter is None:
-        legacy = sorted(n for cls in adapters() for n in cls.one_piece)
-        why = ": fairchem has no hydra backbone of it" if name in _WITHOUT_TWIN else ""
+        legacy = sorted(n for cls in adapters() for n in cls.legacy_heads)
+        why = ": fairchem has no hydra backbone of it" if name in _WITHOUT_HYDRA_BACKBONE else ""
         raise ConfigError(
             f"model.name: '{name}' cannot be trained with denoising{why}; use 'hydra' with one of the backbones "
             f"{', '.join(known_backbones())}, or one of the one-piece models {', '.join(legacy)}"
@@ -81,10 +81,10 @@ def _adapter_of(name: str | None) -> type[Adapter]:
     return adapter
 
 
-def _hydra_twin(name: str | None, model: dict[str, Any]) -> dict[str, Any]:
+def _legacy_to_hydra(name: str | None, model: dict[str, Any]) -> dict[str, Any]:
     adapter = _adapter_of(name)
     backbone = {key: value for key, value in model.items() if key != "name"}
-    heads = adapter.twin_heads(name, backbone)
+    heads = adapter.hydra_heads(name, backbone)
     adapter.check(backbone)
     for key, lossless in adapter.dropped.items():
         if backbone.pop(key, lossless) != lossless:

@@ -3,7 +3,7 @@
 # A host trainer first: the host's models and trainers import each other in a circle that starts only there.
 import fairchem.core.trainers  # noqa: F401
 
-from fairchem_scd.denoising.tasks import Task, register_task
+from fairchem_scd.denoising.tasks import DenoisingTask, register_task
 from fairchem_scd.fairchem1 import data  # noqa: F401
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
 from fairchem_scd.fairchem1.trainer import (
@@ -13,9 +13,12 @@ from fairchem_scd.fairchem1.trainer import (
     MLIPDenoisingTrainer,
 )
 
+Task = DenoisingTask  # its former name
+
 __all__ = [
     "DenoisingHydra",
     "DenoisingMixin",
+    "DenoisingTask",
     "DenoisingTrainer",
     "EquiformerV2DenoisingTrainer",
     "MLIPDenoisingTrainer",

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from fairchem_scd.denoising.tasks import Task
+from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
 
@@ -60,7 +60,7 @@ def check_supervised(config: Mapping[str, Any]) -> None:
     )
 
 
-def check_tasks(tasks: Mapping[str, Task]) -> None:
+def check_tasks(tasks: Mapping[str, DenoisingTask]) -> None:
     """Raise ConfigError unless every step has a task: an ordinary step would have nothing to train."""
     total = sum(task.settings.prob for task in tasks.values())
     if total < 1 - 1e-9:

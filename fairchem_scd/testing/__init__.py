@@ -13,8 +13,8 @@ from fairchem_scd.testing.support import (
     self_supervised,
     slabs,
     stirred,
-    told,
     training_config,
+    with_conditioned,
 )
 
 __all__ = [
@@ -30,6 +30,6 @@ __all__ = [
     "self_supervised",
     "slabs",
     "stirred",
-    "told",
     "training_config",
+    "with_conditioned",
 ]

@@ -50,8 +50,8 @@ from fairchem_scd.testing.support import (
     self_supervised,
     slabs,
     stirred,
-    told,
     training_config,
+    with_conditioned,
 )
 
 
@@ -117,7 +117,7 @@ class BackboneClaims:
         """This package's model with the same weights."""
         return copy.deepcopy(_built(json.dumps(self.arguments()), json.dumps(block))).train()
 
-    def tells_forces(self) -> bool:
+    def conditions_on_forces(self) -> bool:
         """Whether the backbone has vector features."""
         try:
             return bool(self.ours(SCD).adapter.encoding_spec)
@@ -157,11 +157,11 @@ class BackboneClaims:
             stirred(model)
         plan, _ = plan_of(batch, SCD)
         first, last = plan.passes
-        alone = run(model, batch, Plan("scd", (replace(first, embed=False), replace(last, told=None))))
-        dropped = run(model, batch, told(plan, False))
+        alone = run(model, batch, Plan("scd", (replace(first, embed=False), replace(last, conditioned=None))))
+        dropped = run(model, batch, with_conditioned(plan, False))
         assert torch.equal(dropped[NOISE], alone[NOISE])
         # The outputs of the pass that could have been told something are the host's, on the corrupted structure.
-        silent = replace(last, outputs=True, told=torch.zeros_like(last.told))
+        silent = replace(last, outputs=True, conditioned=torch.zeros_like(last.conditioned))
         out = run(model, batch, Plan("scd", (first, silent)))
         corrupted = copy.deepcopy(batch)
         corrupted.pos = last.pos
@@ -176,9 +176,9 @@ class BackboneClaims:
     def test_a_condition_changes_nothing_at_initialisation_and_later_it_does(self) -> None:
         model, batch = self.ours(SCD), self.batch()
         plan, _ = plan_of(batch, SCD)
-        assert torch.equal(run(model, batch, plan)[NOISE], run(model, batch, told(plan, False))[NOISE])
+        assert torch.equal(run(model, batch, plan)[NOISE], run(model, batch, with_conditioned(plan, False))[NOISE])
         stirred(model)
-        heard, deaf = run(model, batch, plan)[NOISE], run(model, batch, told(plan, False))[NOISE]
+        heard, deaf = run(model, batch, plan)[NOISE], run(model, batch, with_conditioned(plan, False))[NOISE]
         assert (heard - deaf).abs().max() > 1e-3 * deaf.abs().max()
 
     def test_a_pass_takes_all_it_brought_with_it(self) -> None:
@@ -201,7 +201,7 @@ class BackboneClaims:
 
     @pytest.mark.parametrize("supervised", [True, False])
     def test_everything_that_trains_has_a_gradient_and_not_zero_where_used(self, supervised: bool) -> None:
-        block = {**BOTH, "dens": {"prob": 0}} if supervised and self.tells_forces() else BOTH
+        block = {**BOTH, "dens": {"prob": 0}} if supervised and self.conditions_on_forces() else BOTH
         model, batch = stirred(self.ours(block)), self.batch()
         # Some host parameters have no influence by construction, such as the l = 0 bias of a vector head.
         _, plain = gradients(self.plain(), batch)
@@ -210,7 +210,7 @@ class BackboneClaims:
         readout = {id(p) for module in model.adapter.readout() for p in module.parameters()}
         for task in block:
             plans = (plan_of(batch, block, supervised, task=task, step=step)[0] for step in range(1, 100))
-            plan = next(p for p in plans if task != "scd" or len(set(p.passes[-1].told.tolist())) == 2)
+            plan = next(p for p in plans if task != "scd" or len(set(p.passes[-1].conditioned.tolist())) == 2)
             _, found = gradients(model, batch, plan)
             unused = idle if supervised or task == "scd" else silent
             for name, p in model.named_parameters():
@@ -229,7 +229,7 @@ class BackboneClaims:
         """Names of parameters of the backbone, and of `noise_head`, that the latter's prediction does not depend on."""
         head, data = model.adapter.vector_head(), copy.deepcopy(batch)
         model.zero_grad()
-        with model.adapter.in_pass(None, [head]), model.adapter.energy_free():
+        with model.adapter.in_pass(None, [head]), model.adapter.skip_energy_readout():
             (vectors,) = head(data, model.backbone(data)).values()
         vectors.square().sum().backward()
         parts = {"backbone": model.backbone, "noise_head": head}
@@ -267,10 +267,10 @@ class BackboneClaims:
         )
         torch.manual_seed(7)
         made = model.embed(copy.deepcopy(batch))
-        given = made.detach().requires_grad_()
-        with mock.patch.object(ConditionHead, "forward", return_value=given):
+        modulation = made.detach().requires_grad_()
+        with mock.patch.object(ConditionHead, "forward", return_value=modulation):
             value = (run(model, batch, plan_of(batch, {"scd": {"std_reg": 0}}, False)[0])[NOISE] * probe).sum()
-        (by_embedding,) = torch.autograd.grad(value, given)
+        (by_embedding,) = torch.autograd.grad(value, modulation)
         assert by_embedding.any()
         for name, whole, direct, rest in zip(
             weights, through, cut, slopes(made, grad_outputs=by_embedding), strict=True
@@ -314,7 +314,7 @@ class BackboneClaims:
         rows = self.rows()
         pair = [row for row in rows if int((row.tags == 2).sum()) == 2][:2]
         batches = [collate(pair), *(collate([row]) for row in pair), collate([pair[0], rows[-1]])]
-        for block in ({"scd": {}}, {"noisy_nodes": {}}, *[{"dens": {"prob": 1.0}}] * self.tells_forces()):
+        for block in ({"scd": {}}, {"noisy_nodes": {}}, *[{"dens": {"prob": 1.0}}] * self.conditions_on_forces()):
             model = stirred(self.ours(block)).eval()
             with torch.no_grad():
                 together, *alone, mixed = (run(model, batch, plan_of(batch, block)[0]) for batch in batches)
@@ -328,7 +328,7 @@ class BackboneClaims:
 
     def test_forces_are_heard_and_turn_or_are_refused(self) -> None:
         block = {"dens": {"prob": 1.0}}
-        if not self.tells_forces():
+        if not self.conditions_on_forces():
             with pytest.raises(ConfigError, match="vector features"):
                 self.ours(block)
             return
@@ -385,7 +385,7 @@ class BackboneClaims:
     def test_two_ranks_do_as_one(self, supervised: bool, sample: Path, tmp_path: Path) -> None:
         """Loss, gradients, noise and running scale of a step, on ranks with different numbers of atoms."""
         rows = slabs(4, seed=2)
-        block = {"scd": {"noise_scale": "running"}} if supervised or not self.tells_forces() else {}
+        block = {"scd": {"noise_scale": "running"}} if supervised or not self.conditions_on_forces() else {}
         block = block or {"scd": {"noise_scale": "running", "condition": ["self", "forces"]}}
         config = self.config(sample, block)
         config = config if supervised else self_supervised(config)

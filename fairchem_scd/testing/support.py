@@ -189,10 +189,10 @@ def plan_of(
     return Plan(task, drawn.passes(structures, corruption, seed=0, step=step)), corruption
 
 
-def told(plan: Plan, value: bool | None) -> Plan:
+def with_conditioned(plan: Plan, value: bool | None) -> Plan:
     """A plan whose last pass is told, or not told, its embeddings; None: without a condition at all."""
     last = plan.passes[-1]
-    changed = replace(last, told=None if value is None else torch.full_like(last.told, value))
+    changed = replace(last, conditioned=None if value is None else torch.full_like(last.conditioned, value))
     return replace(plan, passes=(*plan.passes[:-1], changed))
 
 

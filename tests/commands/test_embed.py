@@ -27,7 +27,7 @@ from fairchem_scd.commands.embed.table import Embeddings
 from fairchem_scd.errors import ConfigError, DataError
 from fairchem_scd.fairchem1.data.split import load_split
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
-from fairchem_scd.fairchem1.legacy import twin_key
+from fairchem_scd.fairchem1.legacy import hydra_key
 from tests.support import (
     collate,
     fixed_edge_frames,
@@ -156,7 +156,7 @@ def test_plain_and_one_piece_checkpoints_have_features_and_no_c(name, rows):
     config = {"model": name, "model_attributes": arguments}  # as before fairchem 1.0
     weights = {f"module.{key}": value for key, value in legacy.state_dict().items()}
     from_old = embed({"state_dict": weights, "config": config}, rows)
-    twin = {twin_key(key): value for key, value in legacy.state_dict().items()}
+    twin = {hydra_key(key): value for key, value in legacy.state_dict().items()}
     hydra = {"state_dict": twin, "config": plain["config"]}
     assert np.allclose(from_old.features, embed(hydra, rows).features, **CLOSE)
 

@@ -103,7 +103,7 @@ def manifest(name):
     return json.loads((DATA / f"dens_authors_{name}.json").read_text())
 
 
-def one_piece(name, attributes):
+def legacy_heads(name, attributes):
     """The host's model without DeNS, of the authors' arguments."""
     added = ("use_tp_reparam", "use_force_encoding", "use_noise_schedule_sigma_encoding", "use_denoising_energy")
     return registry.get_model_class(name)(**{k: v for k, v in attributes.items() if k not in added})
@@ -114,7 +114,7 @@ def authors(name, **attributes):
     known = manifest(name)
     config = copy.deepcopy(known["config"])
     config["model_attributes"].update(attributes)
-    state = one_piece(name, config["model_attributes"]).state_dict()
+    state = legacy_heads(name, config["model_attributes"]).state_dict()
     for key in [key for key in state if key.startswith("force_block.")]:
         state[key.replace("force_block", "denoising_pos_block")] = state[key]
     degrees = torch.tensor([0, 1, 1, 1, 2, 2, 2, 2, 2])
@@ -173,7 +173,7 @@ def folded(weights):
 
 def plain_twin(name, checkpoint, weights):
     """The host's one-piece model with the weights that theirs shares with it."""
-    model = one_piece(name, checkpoint["config"]["model_attributes"])
+    model = legacy_heads(name, checkpoint["config"]["model_attributes"])
     model.load_state_dict({key: weights[key] for key in model.state_dict()})
     return model.eval()
 
@@ -240,11 +240,13 @@ def test_an_imported_host_checkpoint_denoises_as_the_hosts_dens_model_does(kind,
             p.data.copy_(average)
     imported = from_dens(checkpoint)
     ours, batch = built(imported, weights), collate(rows[:3])
-    plan, told = corrupted(batch, imported)
-    expected = run(theirs, told)
+    plan, conditioned = corrupted(batch, imported)
+    expected = run(theirs, conditioned)
     if kind == "esen conservative":  # whose energy and forces the host multiplies by zero here
         out = run(ours, batch, plan)
-        assert_same({"noise": out[NOISE][told.noise_mask]}, {"noise": expected["forces"][told.noise_mask]}, 1e-5)
+        assert_same(
+            {"noise": out[NOISE][conditioned.noise_mask]}, {"noise": expected["forces"][conditioned.noise_mask]}, 1e-5
+        )
         assert out["forces"].any()
     else:
         hybrid(ours, batch, plan, expected)
@@ -256,11 +258,11 @@ def corrupted(batch, imported):
     plan, corruption = dens_plan(batch, block=block)
     assert corruption.mask.any()
     assert not corruption.mask.all()
-    told = copy.deepcopy(batch)
-    told.pos = batch.pos + corruption.noise
-    told.denoising_pos_forward, told.noise_mask = True, corruption.mask
-    told.sigmas = plan.passes[0].encoding[2][:, None]
-    return plan, told
+    conditioned = copy.deepcopy(batch)
+    conditioned.pos = batch.pos + corruption.noise
+    conditioned.denoising_pos_forward, conditioned.noise_mask = True, corruption.mask
+    conditioned.sigmas = plan.passes[0].encoding[2][:, None]
+    return plan, conditioned
 
 
 def hybrid(model, batch, plan, expected):
@@ -315,8 +317,8 @@ def test_an_authors_equiformer_denoises_as_the_hosts_dens_model_of_the_same_weig
     theirs = HydraModel(**arguments)
     theirs.load_state_dict(state)
     imported, batch = from_dens(checkpoint), collate(rows[:3])
-    plan, told = corrupted(batch, imported)
-    hybrid(built(imported), batch, plan, run(theirs.eval(), told))
+    plan, conditioned = corrupted(batch, imported)
+    hybrid(built(imported), batch, plan, run(theirs.eval(), conditioned))
 
 
 def test_an_authors_escn_denoises_by_their_formula(rows):
@@ -324,9 +326,9 @@ def test_an_authors_escn_denoises_by_their_formula(rows):
     checkpoint = authors("escn")
     weights = raw(checkpoint)
     imported, batch = from_dens(checkpoint), collate(rows[:3])
-    plan, told = corrupted(batch, imported)
+    plan, conditioned = corrupted(batch, imported)
     harmonics = o3.spherical_harmonics([0, 1, 2], batch.forces, normalize=True, normalization="component")
-    harmonics = harmonics * told.noise_mask[:, None] * batch.forces.norm(dim=1, keepdim=True) / math.sqrt(3)
+    harmonics = harmonics * conditioned.noise_mask[:, None] * batch.forces.norm(dim=1, keepdim=True) / math.sqrt(3)
     per_degree = [weights["force_embedding.weight"][l, :, 0] for l in (0, 1, 1, 1, 2, 2, 2, 2, 2)]
     encoding = torch.einsum("nm,mc->nmc", harmonics, torch.stack(per_degree))
     encoding[:, 0] += weights["force_embedding.bias"]
@@ -342,8 +344,8 @@ def test_an_authors_escn_denoises_by_their_formula(rows):
     outs = []
     for model in (forces, noise):
         model.layer_blocks[0].register_forward_pre_hook(add)
-        outs.append(run(model, told))
-    expected = torch.where(told.noise_mask[:, None], outs[1]["forces"], outs[0]["forces"])
+        outs.append(run(model, conditioned))
+    expected = torch.where(conditioned.noise_mask[:, None], outs[1]["forces"], outs[0]["forces"])
     hybrid(built(imported), batch, plan, {"energy": outs[0]["energy"], "forces": expected})
 
 

@@ -75,13 +75,13 @@ def test_an_adapter_that_an_installed_package_names_is_found(monkeypatch):
 
 
 def test_an_adapter_without_the_rest_says_what_is_missing():
-    class Part(Adapter):
+    class AtomSubset(Adapter):
         host_class, names = toy.ToyBackbone, ("part",)
 
         def vector_head(self):
             return nn.Identity()
 
-    part = Part(toy.ToyBackbone())
+    part = AtomSubset(toy.ToyBackbone())
     for missing in ("scalar_channels", "num_modulated"):
         with pytest.raises(ConfigError, match=missing):
             getattr(part, missing)
@@ -92,6 +92,6 @@ def test_an_adapter_without_the_rest_says_what_is_missing():
 def test_every_member_that_the_page_names_exists():
     members = set(re.findall(r"`(\w+)`", PAGE.split("## The adapter")[1].split("## What must hold")[0]))
     names = {name for name, _ in inspect.getmembers(Adapter)} | set(Adapter.__annotations__)
-    assert members & names >= {"check", "conservative", "readout", "set_drop_path", "one_piece", "twin_heads"}
+    assert members & names >= {"check", "conservative", "readout", "set_drop_path", "legacy_heads", "hydra_heads"}
     assert registry.get_model_class("toy.ToyBackbone") is toy.ToyBackbone
     assert torch.nn.Module in toy.ToyBackbone.__mro__

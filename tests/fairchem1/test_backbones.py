@@ -13,7 +13,7 @@ import tests.fairchem1.test_backbones
 import tests.fairchem1.test_edge_backbones
 from fairchem_scd import ConfigError, DenoisingHydra
 from fairchem_scd.fairchem1.backbones import adapters
-from fairchem_scd.fairchem1.legacy import modernise, twin_key
+from fairchem_scd.fairchem1.legacy import hydra_key, to_hydra
 from fairchem_scd.testing import SCD, BackboneClaims, collate, gradients
 from tests.support import (
     BACKBONES,
@@ -60,19 +60,19 @@ def test_a_one_piece_painn_is_its_twin_bit_for_bit(rows):
     """Outputs and gradients, of the same weights."""
     arguments = {key: value for key, value in TestPaiNN.backbone.items() if key != "model"}
     torch.manual_seed(0)
-    one_piece = registry.get_model_class("painn")(**arguments).train()
-    block, _ = modernise({"name": "painn", **arguments})
+    legacy_heads = registry.get_model_class("painn")(**arguments).train()
+    block, _ = to_hydra({"name": "painn", **arguments})
     twin = DenoisingHydra(denoising=SCD, **{key: value for key, value in block.items() if key != "name"}).train()
-    state = {twin_key(key): value for key, value in one_piece.state_dict().items()}
+    state = {hydra_key(key): value for key, value in legacy_heads.state_dict().items()}
     assert set(state) == {key for key in twin.state_dict() if not key.startswith("denoising.")}
     twin.load_state_dict(state, strict=False)
     batch = collate(rows[:3])
-    expected, expected_gradients = gradients(one_piece, batch)
+    expected, expected_gradients = gradients(legacy_heads, batch)
     out, found = gradients(twin, batch)
     for key, value in expected.items():
         assert torch.equal(out[key].view(-1), value.view(-1)), key
     for key, value in expected_gradients.items():
-        ours = found[twin_key(key)]
+        ours = found[hydra_key(key)]
         assert torch.equal(ours, value) if value is not None else ours is None, key  # scale factors are not trained
 
 
@@ -86,7 +86,7 @@ def test_painn_without_direct_forces_is_refused_with_the_reason():
 
 def test_schnet_is_refused_with_the_reason():
     with pytest.raises(ConfigError, match=r"schnet.*no hydra backbone"):
-        modernise({"name": "schnet", "hidden_channels": 8})
+        to_hydra({"name": "schnet", "hidden_channels": 8})
 
 
 def test_the_readme_says_what_works_on_which_backbone():
@@ -105,8 +105,10 @@ def test_the_readme_says_what_works_on_which_backbone():
         if name == "schnet":
             assert "✓" not in "".join(cells)
             continue
-        assert cells == ["✓" if claims[name][0].tells_forces() else "–", "✓", "✓", "✓"], title
+        assert cells == ["✓" if claims[name][0].conditions_on_forces() else "–", "✓", "✓", "✓"], title
         kinds = {"conservative" if each.ours(SCD).adapter.conservative else "direct" for each in claims[name]}
         assert set(forces.split(", ")) == kinds, title
-        legacy = {old for cls in adapters() if name in cls.names for old in cls.one_piece if not old.endswith("_dens")}
+        legacy = {
+            old for cls in adapters() if name in cls.names for old in cls.legacy_heads if not old.endswith("_dens")
+        }
         assert set(re.findall(r"`(\w+)`", title)) == {name, *legacy}

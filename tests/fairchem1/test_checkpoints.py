@@ -21,7 +21,7 @@ from fairchem.core.models.base import HydraModel
 from fairchem_scd import ConfigError, DenoisingHydra
 from fairchem_scd.fairchem1 import checkpoint
 from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
-from fairchem_scd.fairchem1.legacy import twin_key
+from fairchem_scd.fairchem1.legacy import hydra_key
 from tests.support import BACKBONES, collate, edge_frames_without_chance, make_trainer, tiny_config
 
 OURS = "fairchem_scd.EquiformerV2DenoisingTrainer"
@@ -132,7 +132,7 @@ def assert_equal(values, expected):
 
 
 def names_of(kind):
-    return twin_key if kind == "one-piece" else own
+    return hydra_key if kind == "one-piece" else own
 
 
 # --- from a plain run -----------------------------------------------------------------------------------------------
@@ -225,12 +225,12 @@ def test_restart_counts_from_zero_and_keeps_what_was_learnt(kind, finished, data
 
 
 @pytest.mark.parametrize("given", ["hydra", "one-piece"])
-def test_the_configs_form_of_the_model_may_differ_from_the_checkpoints(given, finished, data, tmp_path):
+def test_the_configs_form_of_the_model_may_differ_from_the_checkpoints(modulation, finished, data, tmp_path):
     """The two forms decay other parameters: state goes by name, and the config's form says what is decayed."""
-    source, path = finished(given, "equiformer_v2")
-    wanted = {"hydra": "one-piece", "one-piece": "hydra"}[given]
+    source, path = finished(modulation, "equiformer_v2")
+    wanted = {"hydra": "one-piece", "one-piece": "hydra"}[modulation]
     other, _ = finished(wanted, "equiformer_v2")
-    named = names_of(given)
+    named = names_of(modulation)
     assert decayed(source, named) != decayed(other, names_of(wanted))
     for denoising in (DENS, {}):
         config = config_of(data, wanted, "equiformer_v2", denoising=denoising, epochs=2)
@@ -272,7 +272,7 @@ def test_a_published_checkpoint_is_a_start(name, finished, data, tmp_path):
     trainer = make_trainer(config_of(data, "one-piece", name), tmp_path)
     untouched = copy.deepcopy(trainer.optimizer.state_dict())
     trainer.load_checkpoint(str(published(path, tmp_path, name)))
-    assert_equal(host_part(weights(trainer)), weights(source, twin_key))
+    assert_equal(host_part(weights(trainer)), weights(source, hydra_key))
     assert trainer.optimizer.state_dict() == untouched
     assert (trainer.step, trainer.epoch) == (0, 0)
     normalizers = {key: (float(n.mean), float(n.rmsd)) for key, n in trainer.normalizers.items()}
@@ -564,7 +564,7 @@ def test_from_command_line_to_command_line(data, tmp_path, fairchem):
         return stored, {named(key.removeprefix("module.")): value for key, value in stored["state_dict"].items()}
 
     path = str(fairchem("plain", config(PLAIN)))
-    host, expected = read(fairchem("host", config(PLAIN, epochs=2), "--checkpoint", path), twin_key)
+    host, expected = read(fairchem("host", config(PLAIN, epochs=2), "--checkpoint", path), hydra_key)
     idle, values = read(fairchem("idle", config(denoising=IDLE, epochs=2), "--checkpoint", path))
     assert idle["step"] == host["step"] == 4
     assert_equal(host_part(values), expected)

@@ -27,7 +27,7 @@ from fairchem_scd import DenoisingHydra
 from fairchem_scd.denoising.tasks import build_tasks
 from fairchem_scd.fairchem1.backbones import adapter_for
 from fairchem_scd.fairchem1.dens_aliases import denoising_block
-from fairchem_scd.fairchem1.legacy import modernise, twin_key
+from fairchem_scd.fairchem1.legacy import hydra_key, to_hydra
 from tests.support import BACKBONES, CONFIGS, ESEN, host_config, hydra_arguments, make_trainer
 
 # --- what they say ---------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def at(config, dotted):
 
 def settings_of(config):
     """The settings of each task of a config, as the trainer parses them."""
-    _, dens = modernise(config["model"])
+    _, dens = to_hydra(config["model"])
     tasks, _ = build_tasks(denoising_block(config.get("task", {}), config["optim"], dens))
     return {name: task.settings.model_dump() for name, task in tasks.items()}
 
@@ -268,7 +268,7 @@ def test_esen_config_is_the_published_model_with_the_12_epoch_runs_optimiser():
     model = {"num_layers": 10, "lmax": 3, "mmax": 2, "sphere_channels": 128, "cutoff": 6.0, "num_distance_basis": 64}
     model |= {"act_type": "gate", "mlp_type": "spectral", "use_envelope": True, "distance_function": "gaussian"}
     assert config["model"]["backbone"].items() >= model.items()
-    block, _ = modernise(config["model"])
+    block, _ = to_hydra(config["model"])
     del block["name"]
     assert round(count(DenoisingHydra(**block).parameters()) / 1e6) == 30  # eSEN-30M
     for key in ("optim", "loss_functions", "dataset", "outputs", "evaluation_metrics"):
@@ -288,7 +288,7 @@ def test_adding_dens_is_two_keys_and_gives_the_released_12_epoch_run():
     assert {key for key in added if added[key] != plain.get(key)} == {"trainer", "task"}
     assert "fairchem_scd" not in json.dumps(plain)
     released = load("dens_oc20_2m_12epochs")
-    assert modernise(added["model"])[0] == modernise(released["model"])[0]
+    assert to_hydra(added["model"])[0] == to_hydra(released["model"])[0]
     assert settings_of(added) == settings_of(released)
     assert added["loss_functions"] == released["loss_functions"]
     assert added["optim"] == released["optim"]
@@ -339,7 +339,7 @@ def size(model):
 @pytest.mark.parametrize("name", SIZES)
 def test_full_size_model_is_the_hosts_and_dens_adds_a_head_and_an_encoding(name, sizes_only):
     config = load(name)
-    arguments, _ = modernise(config["model"])
+    arguments, _ = to_hydra(config["model"])
     del arguments["name"]
     model = DenoisingHydra(denoising=config["task"]["denoising"], **arguments)
 
@@ -502,12 +502,12 @@ def test_the_key_of_older_oc22_configs_does_nothing_in_this_host(rows, tmp_path)
 @pytest.mark.parametrize("name", ["dens_oc20_2m_12epochs", "dens_oc20_all_md"])
 def test_weight_decay_is_that_of_the_authors_one_piece_model(name):
     config = small(load(name), {}, {})
-    block, _ = modernise(config["model"])
+    block, _ = to_hydra(config["model"])
     backbone = {key: value for key, value in block["backbone"].items() if key != "model"}
     del block["name"]
     ours = DenoisingHydra(**block).no_weight_decay()
     theirs = registry.get_model_class("equiformer_v2")(**backbone).no_weight_decay()
-    assert set(ours) == {twin_key(key) for key in theirs}
+    assert set(ours) == {hydra_key(key) for key in theirs}
 
 
 # --- other people's words --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from fairchem_scd import ConfigError, DenoisingHydra
 from fairchem_scd.denoising.edge_vector import EdgeVectorHead
 from fairchem_scd.denoising.plan import NOISE, Plan
 from fairchem_scd.fairchem1 import checkpoint
-from fairchem_scd.fairchem1.legacy import modernise, twin_key
+from fairchem_scd.fairchem1.legacy import hydra_key, to_hydra
 from fairchem_scd.testing import (
     SCD,
     BackboneClaims,
@@ -167,12 +167,12 @@ def test_direct_forces_without_their_head_are_refused(name):
     claims = CLAIMS[name]
     heads = {"energy": claims.heads["energy"]}
     with pytest.raises(ConfigError, match=r"direct_forces is true.*set it to false"):
-        modernise({"name": "hydra", "backbone": dict(claims.backbone), "heads": heads})
+        to_hydra({"name": "hydra", "backbone": dict(claims.backbone), "heads": heads})
 
 
 def test_quadruplets_in_a_conservative_model_are_warned_of(caplog):
     backbone = {**GEMNET_OC_GRADIENT, "quad_interaction": True}
-    modernise({"name": "hydra", "backbone": backbone, "heads": {"energy": GEMNET_OC_HEADS["energy"]}})
+    to_hydra({"name": "hydra", "backbone": backbone, "heads": {"energy": GEMNET_OC_HEADS["energy"]}})
     assert "quad_interaction" in caplog.text
 
 
@@ -370,14 +370,14 @@ def test_the_twin_computes_what_the_one_piece_model_does_bit_for_bit(name, optio
     claims = CLAIMS[name]
     backbone = {key: value for key, value in {**claims.backbone, **options}.items() if key != "model"}
     block = {"name": name.split()[0], **backbone}
-    twin_block, dens = modernise(block)
+    twin_block, dens = to_hydra(block)
     assert dens == {}
-    assert modernise(twin_block) == (twin_block, {})
+    assert to_hydra(twin_block) == (twin_block, {})
     assert {key: twin_block["backbone"][key] for key in backbone} == backbone
     for head, expected in claims.heads.items():
         assert twin_block["heads"][head]["module"] == expected["module"]
     original, twin = _built(block), _built({**twin_block, "denoising": SCD})
-    state = {twin_key(key): value + 0.01 for key, value in original.state_dict().items()}
+    state = {hydra_key(key): value + 0.01 for key, value in original.state_dict().items()}
     original.load_state_dict({key: value + 0.01 for key, value in original.state_dict().items()})
     keys = twin.load_state_dict(state, strict=False)
     assert not keys.unexpected_keys
@@ -390,7 +390,7 @@ def test_the_twin_computes_what_the_one_piece_model_does_bit_for_bit(name, optio
     for key, value in expected.items():
         assert torch.equal(out[key], value), key
     for key, value in expected_gradients.items():
-        other = found[twin_key(key)]
+        other = found[hydra_key(key)]
         assert (value is None and other is None) or torch.equal(other, value), key
 
 
@@ -454,9 +454,9 @@ def test_an_export_holds_the_average_whole_and_needs_no_scale_file(name, data, t
 @pytest.mark.parametrize("name", ["gemnet_t", "gemnet_oc", "dimenetplusplus"])
 def test_a_converted_model_decays_what_its_one_piece_model_did(name):
     block = {"name": name, **{key: value for key, value in CLAIMS[name].backbone.items() if key != "model"}}
-    original, twin = _built(block), _built({**modernise(block)[0], "denoising": SCD})
+    original, twin = _built(block), _built({**to_hydra(block)[0], "denoising": SCD})
     spared = twin.no_weight_decay()
     host = {key for key in spared if not key.startswith("denoising.")}
-    assert host == {twin_key(key) for key in original.no_weight_decay()}
+    assert host == {hydra_key(key) for key in original.no_weight_decay()}
     added = dict(twin.denoising.named_parameters(prefix="denoising"))
     assert {key for key, p in added.items() if p.dim() < 2} == spared - host

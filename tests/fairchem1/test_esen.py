@@ -15,7 +15,7 @@ from fairchem_scd import ConfigError, DenoisingHydra
 from fairchem_scd.denoising.plan import NOISE, Pass, Plan
 from fairchem_scd.fairchem1 import checkpoint
 from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
-from fairchem_scd.fairchem1.legacy import modernise
+from fairchem_scd.fairchem1.legacy import to_hydra
 from fairchem_scd.testing import gradients, plan_of, run, self_supervised, stirred, training_config
 from tests.runs.test_resume import assert_same, folder_of, state_of, stopped_at
 from tests.support import ESEN, ESEN_GRADIENT_HEAD, ESEN_HEADS, ESEN_SMOOTH, collate, make_trainer
@@ -66,10 +66,10 @@ def test_dens_pass_is_that_of_the_hosts_own_dens_model(kind, rows):
     theirs.load_state_dict(state)
     plan, corruption = plan_of(batch, DENS, step=1)
     assert 0 < int(corruption.mask.sum()) < len(corruption.mask)
-    told = copy.deepcopy(batch)
-    told.pos = batch.pos + corruption.noise
-    told.denoising_pos_forward, told.noise_mask = True, corruption.mask
-    out, expected = run(ours, batch, plan), run(theirs, told)
+    conditioned = copy.deepcopy(batch)
+    conditioned.pos = batch.pos + corruption.noise
+    conditioned.denoising_pos_forward, conditioned.noise_mask = True, corruption.mask
+    out, expected = run(ours, batch, plan), run(theirs, conditioned)
     mask = corruption.mask
     assert torch.equal(out[NOISE][mask], expected["forces"][mask])
     if kind == "direct":
@@ -101,7 +101,7 @@ def test_the_hosts_dens_config_becomes_the_plain_model_with_its_settings(kind):
     theirs["backbone"]["model"] += "_dens"
     for head in theirs["heads"].values():
         head["module"] += "_dens" if head["module"] != "esen_mlp_energy_head" else ""
-    assert modernise(theirs) == modernise(block)
+    assert to_hydra(theirs) == to_hydra(block)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -159,11 +159,11 @@ def test_stress_of_a_conservative_model_is_the_hosts(rows):
     assert expected["stress"].any()
     for out in (run(model, batch), run(model, batch, plan)):
         assert all(torch.equal(out[key], value) for key, value in expected.items())
-    given = copy.deepcopy(batch)
-    model(given, plan)
-    assert torch.equal(given.pos, batch.pos)
-    assert torch.equal(given.cell, batch.cell)
-    assert not given.pos.requires_grad
+    modulation = copy.deepcopy(batch)
+    model(modulation, plan)
+    assert torch.equal(modulation.pos, batch.pos)
+    assert torch.equal(modulation.cell, batch.cell)
+    assert not modulation.pos.requires_grad
 
 
 def test_passes_without_outputs_keep_nothing_to_differentiate(rows):
@@ -254,9 +254,11 @@ def test_pretraining_validates_and_a_conservative_model_is_fine_tuned_from_it(da
         for key, p in module.named_parameters(recurse=False)
         if p.requires_grad and (key == "bias" or "Norm" in type(module).__name__ or isinstance(module, nn.Embedding))
     }
-    undecayed = {name for name, weight in decay.items() if name.startswith("backbone.") and not weight}
-    assert undecayed >= spared
-    assert all("embedding" in name for name in undecayed - spared)  # by its name, as in the host's own hydras
+    no_weight_decay_names = {name for name, weight in decay.items() if name.startswith("backbone.") and not weight}
+    assert no_weight_decay_names >= spared
+    assert all(
+        "embedding" in name for name in no_weight_decay_names - spared
+    )  # by its name, as in the host's own hydras
     assert not model.backbone.sphere_embedding.weight.requires_grad
     trainer.train(disable_eval_tqdm=True)
     assert 0 < trainer.best_val_metric < 1e9

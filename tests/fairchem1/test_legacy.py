@@ -14,7 +14,7 @@ from fairchem.core.models.equiformer_v2.eqv2_to_eqv2_hydra import convert_checkp
 from fairchem_scd import ConfigError, DenoisingHydra
 from fairchem_scd.fairchem1.backbones import known_backbones
 from fairchem_scd.fairchem1.data.emt_slabs import write_emt_slabs
-from fairchem_scd.fairchem1.legacy import modernise, twin_key
+from fairchem_scd.fairchem1.legacy import hydra_key, to_hydra
 from tests.support import (
     BACKBONES,
     HEADS,
@@ -49,7 +49,7 @@ def built(block):
 def test_a_one_piece_model_becomes_a_hydra_of_the_same_arguments(name):
     block = legacy(name)
     before = copy.deepcopy(block)
-    twin, dens = modernise(block)
+    twin, dens = to_hydra(block)
     assert block == before, "the config was changed in place"
     assert dens == {}
     assert twin == {
@@ -60,7 +60,7 @@ def test_a_one_piece_model_becomes_a_hydra_of_the_same_arguments(name):
         "pass_through_head_outputs": True,
         "legacy_weight_decay": True,
     }
-    assert modernise(twin) == (twin, {})
+    assert to_hydra(twin) == (twin, {})
 
 
 def test_weights_are_named_as_by_the_hosts_own_converter(tmp_path):
@@ -72,7 +72,7 @@ def test_weights_are_named_as_by_the_hosts_own_converter(tmp_path):
         str(tmp_path / "old.yml"), str(tmp_path / "old.pt"), str(tmp_path / "new.yml"), str(tmp_path / "new.pt")
     )
     theirs = torch.load(tmp_path / "new.pt", weights_only=False)["state_dict"]
-    assert [f"module.{twin_key(key)}" for key in state] == list(theirs)
+    assert [f"module.{hydra_key(key)}" for key in state] == list(theirs)
 
 
 def run(model, batch, seed=7):
@@ -99,11 +99,11 @@ def run(model, batch, seed=7):
 )
 def test_the_twin_computes_what_the_one_piece_model_does_bit_for_bit(name, options, training, rows):
     block = legacy(name, **options)
-    twin_block, _ = modernise(block)
+    twin_block, _ = to_hydra(block)
     block.pop("use_tp_reparam", None)
     original, twin = built(block), built({**twin_block, "denoising": DENS})
     assert isinstance(twin, DenoisingHydra)
-    state = {twin_key(key): value for key, value in original.state_dict().items()}
+    state = {hydra_key(key): value for key, value in original.state_dict().items()}
     keys = twin.load_state_dict(state, strict=False)
     assert not keys.unexpected_keys
     assert all(key.startswith("denoising.") for key in keys.missing_keys)
@@ -116,7 +116,7 @@ def test_the_twin_computes_what_the_one_piece_model_does_bit_for_bit(name, optio
     for key in expected:
         assert torch.equal(out[key], expected[key]), key
     gradients = {key: gradient for key, gradient in gradients.items() if not key.startswith("denoising.")}
-    expected_gradients = {twin_key(key): gradient for key, gradient in expected_gradients.items()}
+    expected_gradients = {hydra_key(key): gradient for key, gradient in expected_gradients.items()}
     assert set(gradients) == set(expected_gradients)
     for key, gradient in expected_gradients.items():
         assert (gradient is None and gradients[key] is None) or torch.equal(gradients[key], gradient), key
@@ -143,7 +143,7 @@ def test_the_optimiser_decays_what_it_always_did(name, options, data, tmp_path):
         groups.append([[names[id(p)] for p in group["params"]] for group in trainer.optimizer.param_groups])
         assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0, 0.001]
     for theirs, ours in zip(*groups, strict=True):
-        assert [n for n in ours if not n.startswith("denoising.")] == [twin_key(n) for n in theirs]
+        assert [n for n in ours if not n.startswith("denoising.")] == [hydra_key(n) for n in theirs]
     # What is added: the noise head as the force head that it is another of, and the encoding's weights with decay.
     spared, added = ([n.removeprefix("denoising.dens.") for n in group if "denoising." in n] for group in groups[1])
     forces = [[n for n in group if n.startswith("force_block.")] for group in groups[0]]
@@ -158,13 +158,13 @@ def test_activation_checkpointing_is_kept_where_the_twin_has_it(caplog):
     with pytest.raises(TypeError, match="activation_checkpoint"):
         built(legacy("equiformer_v2", activation_checkpoint=True))  # the one-piece model never had it
     with caplog.at_level(logging.WARNING):
-        twin, _ = modernise(legacy("equiformer_v2", activation_checkpoint=True))
+        twin, _ = to_hydra(legacy("equiformer_v2", activation_checkpoint=True))
     assert twin["backbone"]["activation_checkpoint"] is True
     assert "activation_checkpoint" not in caplog.text
     with caplog.at_level(logging.WARNING):
-        modernise(legacy("escn", activation_checkpoint=False))
+        to_hydra(legacy("escn", activation_checkpoint=False))
         assert "activation_checkpoint" not in caplog.text
-        modernise(legacy("escn", activation_checkpoint=True))
+        to_hydra(legacy("escn", activation_checkpoint=True))
     assert "model.activation_checkpoint has no effect: the host's escn_backbone ignores it" in caplog.text
 
 
@@ -322,4 +322,4 @@ def test_an_old_config_trains_as_in_the_host_where_no_step_denoises(name, data, 
     assert not torch.equal(expected["sphere_embedding.weight"], start.model.state_dict()["sphere_embedding.weight"])
     state = ours.model.state_dict()
     for key, value in expected.items():
-        assert torch.equal(state[twin_key(key)], value), key
+        assert torch.equal(state[hydra_key(key)], value), key

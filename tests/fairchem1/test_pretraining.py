@@ -308,7 +308,7 @@ def test_the_embedding_tells_structures_apart_after_a_short_pre_training(tmp_pat
         variants = {
             "right": (clean, noisy),
             "wrong": (replace(clean, pos=other), noisy),
-            "none": (clean, replace(noisy, told=torch.zeros_like(noisy.told))),
+            "none": (clean, replace(noisy, conditioned=torch.zeros_like(noisy.conditioned))),
         }
         mask = corruption.mask
         for which, passes in variants.items():

@@ -19,7 +19,7 @@ from fairchem_scd.denoising.running_scale import RunningScale
 from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.denoising.tasks import build_tasks
 from fairchem_scd.errors import ConfigError
-from fairchem_scd.testing import run, stirred, told
+from fairchem_scd.testing import run, stirred, with_conditioned
 from tests.support import BACKBONES, collate, fixed_edge_frames, plain_and_denoising
 
 RESOLUTIONS = [
@@ -64,13 +64,15 @@ def test_a_dropped_or_absent_condition_is_the_plain_backbone(name, options, afte
     batch = collate(rows[:3])
     plan, _ = plan_of(batch)
     first, last = plan.passes
-    alone = run(model, batch, Plan("scd", (replace(first, embed=False), replace(last, told=None))))
-    dropped = run(model, batch, told(plan, False))
+    alone = run(model, batch, Plan("scd", (replace(first, embed=False), replace(last, conditioned=None))))
+    dropped = run(model, batch, with_conditioned(plan, False))
     assert torch.equal(dropped[NOISE], alone[NOISE])
     # The conditioned pass's own outputs are the host's when nothing is told.
     corrupted = copy.deepcopy(batch)
     corrupted.pos = last.pos
-    outputs = run(model, batch, Plan("scd", (first, replace(last, outputs=True, told=torch.zeros_like(last.told)))))
+    outputs = run(
+        model, batch, Plan("scd", (first, replace(last, outputs=True, conditioned=torch.zeros_like(last.conditioned))))
+    )
     expected = run(plain, corrupted)
     for key in expected:
         assert torch.equal(outputs[key], expected[key])
@@ -86,9 +88,9 @@ def test_at_initialisation_a_condition_changes_nothing_and_later_it_does(name, o
     _, model = models(name, options)
     batch = collate(rows[:3])
     plan, _ = plan_of(batch)
-    assert torch.equal(run(model, batch, plan)[NOISE], run(model, batch, told(plan, False))[NOISE])
+    assert torch.equal(run(model, batch, plan)[NOISE], run(model, batch, with_conditioned(plan, False))[NOISE])
     stirred(model)
-    conditioned, not_ = run(model, batch, plan)[NOISE], run(model, batch, told(plan, False))[NOISE]
+    conditioned, not_ = run(model, batch, plan)[NOISE], run(model, batch, with_conditioned(plan, False))[NOISE]
     assert (conditioned - not_).abs().max() > 1e-3 * not_.abs().max()
 
 
@@ -96,8 +98,11 @@ def test_each_structure_of_a_batch_is_told_or_not_for_itself(rows):
     model = stirred(models("equiformer_v2")[1])
     batch = collate(rows[:2])
     plan, _ = plan_of(batch)
-    both, none = run(model, batch, told(plan, True))[NOISE], run(model, batch, told(plan, False))[NOISE]
-    last = replace(plan.passes[-1], told=torch.tensor([True, False]))
+    both, none = (
+        run(model, batch, with_conditioned(plan, True))[NOISE],
+        run(model, batch, with_conditioned(plan, False))[NOISE],
+    )
+    last = replace(plan.passes[-1], conditioned=torch.tensor([True, False]))
     mixed = run(model, batch, replace(plan, passes=(plan.passes[0], last)))[NOISE]
     n = int(batch.natoms[0])
     torch.testing.assert_close(mixed[:n], both[:n], rtol=1e-4, atol=1e-6)
@@ -107,11 +112,11 @@ def test_each_structure_of_a_batch_is_told_or_not_for_itself(rows):
 
 def test_drops_are_drawn_for_each_structure_and_never_in_validation(rows):
     batch = collate(rows[:4])
-    shares = [plan_of(batch, step=step)[0].passes[-1].told.float().mean() for step in range(1, 301)]
+    shares = [plan_of(batch, step=step)[0].passes[-1].conditioned.float().mean() for step in range(1, 301)]
     assert 0.75 < float(torch.stack(shares).mean()) < 0.85  # 1200 draws at 0.8: five standard deviations are 0.058
-    assert plan_of(batch, step=VALIDATION)[0].passes[-1].told.all()
-    alone = [bool(plan_of(collate([row]), step=5)[0].passes[-1].told) for row in rows[:4]]
-    assert alone == plan_of(batch, step=5)[0].passes[-1].told.tolist()
+    assert plan_of(batch, step=VALIDATION)[0].passes[-1].conditioned.all()
+    alone = [bool(plan_of(collate([row]), step=5)[0].passes[-1].conditioned) for row in rows[:4]]
+    assert alone == plan_of(batch, step=5)[0].passes[-1].conditioned.tolist()
 
 
 def test_a_pass_takes_its_hooks_away_with_it_even_when_it_fails(rows):
@@ -161,7 +166,7 @@ def test_gradients_reach_the_clean_pass_through_the_embedding_and_are_cut_where_
         with pytest.MonkeyPatch.context() as patch:
             if embedding is not None:
                 patch.setattr(ConditionHead, "forward", lambda self, *_: embedding)
-            noise, without = (run(model, batch, each)[NOISE] for each in (plan, told(plan, False)))
+            noise, without = (run(model, batch, each)[NOISE] for each in (plan, with_conditioned(plan, False)))
         return ((noise - without) * probe).sum()
 
     def difference(*arguments, step=1e-3):
@@ -241,7 +246,9 @@ def test_everything_that_trains_has_a_gradient_in_every_step_and_not_zero_where_
     heads = {n.removeprefix("output_heads.forces.") for n in idle}
     plans = (plan_of(batch, supervised, step=step, **settings)[0] for step in range(1, 100))
     # A step with and without a condition.
-    plan = next(p for p in plans if p.passes[-1].told is None or len(set(p.passes[-1].told.tolist())) == 2)
+    plan = next(
+        p for p in plans if p.passes[-1].conditioned is None or len(set(p.passes[-1].conditioned.tolist())) == 2
+    )
     sum(value.square().sum() for value in run(model, batch, plan).values()).backward()
     for key, p in model.named_parameters():
         if not p.requires_grad:
@@ -314,7 +321,7 @@ def test_an_adsorbate_is_denoised_as_a_graph_of_its_own_under_its_slab(name, row
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ConditionHead, "forward", lambda self, *_: embedding)
             passes = (Pass(adsorbate.pos, outputs=False, embed=True),)
-            passes += (Pass(adsorbate.pos, told=torch.tensor([True]), outputs=False, noise=True),)
+            passes += (Pass(adsorbate.pos, conditioned=torch.tensor([True]), outputs=False, noise=True),)
             expected = run(model, adsorbate, Plan("scd", passes))[NOISE]
     scale = float(expected.abs().max())
     torch.testing.assert_close(found[batch.tags == 2], expected, atol=1e-4 * scale, rtol=1e-4)
@@ -333,7 +340,7 @@ def test_outputs_beside_a_part_come_from_the_whole_structure(rows):
     assert corruption.mask.equal((batch.tags != 2) & (batch.fixed == 0))
     # An adsorbate of one atom would be a graph without edges: it is not embedded, and its slab is told nothing.
     sizes = torch.zeros(4).index_add_(0, batch.batch, (batch.tags == 2).float())
-    assert plan.passes[-1].told.equal(sizes > 1)
+    assert plan.passes[-1].conditioned.equal(sizes > 1)
 
 
 def test_a_structure_with_one_movable_atom_has_nothing_to_denoise_and_stays_out(rows):
@@ -357,7 +364,10 @@ def test_both_conditions_are_heard(rows):
     batch = collate(rows[:2])
     plan, _ = plan_of(batch, **settings)
     last = plan.passes[-1]
-    without = {"forces": replace(last, encoding=None), "self": replace(last, told=torch.zeros_like(last.told))}
+    without = {
+        "forces": replace(last, encoding=None),
+        "self": replace(last, conditioned=torch.zeros_like(last.conditioned)),
+    }
     whole = run(model, batch, plan)[NOISE]
     for what, changed in without.items():
         out = run(model, batch, replace(plan, passes=(plan.passes[0], changed)))[NOISE]
@@ -382,12 +392,12 @@ def test_a_mask_token_stands_for_the_condition_in_every_pass(name, options, rows
     for key in out:
         assert torch.equal(out[key], expected[key])
         assert not torch.allclose(out[key], run(plain, batch)[key], rtol=1e-3)
-    dropped = run(model, batch, told(plan, False))[NOISE]
-    absent = run(model, batch, Plan("scd", (first, replace(last, told=None))))[NOISE]
+    dropped = run(model, batch, with_conditioned(plan, False))[NOISE]
+    absent = run(model, batch, Plan("scd", (first, replace(last, conditioned=None))))[NOISE]
     assert torch.equal(dropped, absent)
     with torch.no_grad():
         model.denoising["scd"]["condition_head"].mask_token.normal_()
-    assert not torch.allclose(run(model, batch, told(plan, False))[NOISE], dropped, rtol=1e-3)
+    assert not torch.allclose(run(model, batch, with_conditioned(plan, False))[NOISE], dropped, rtol=1e-3)
 
 
 def test_modulation_by_hand():
@@ -399,8 +409,8 @@ def test_modulation_by_hand():
         modulation = Modulation(6, 1, null=null, gate_bound=0.5 if null == "identity" else 1.0)
         block = modulation.blocks[0]
         nn.init.normal_(block.mlp[-1].weight)
-        given = modulation.given(c, heard)
-        out, update = given.scalars(0, x), given.update(0, torch.ones_like(x))
+        modulation = modulation.bind(c, heard)
+        out, update = modulation.scalars(0, x), modulation.update(0, torch.ones_like(x))
         shift, scale, gate = block.mlp(torch.cat([c, functional.layer_norm(x, (6,))], dim=1)).chunk(3, dim=1)
         for i in range(5):
             for j in range(6):
@@ -428,10 +438,10 @@ def test_condition_head_by_hand():
         expected = torch.stack([head.structure(row[None])[0] for row in pooled])
         embedding = head(x, batch, 3)
         torch.testing.assert_close(embedding, expected)
-        told = torch.tensor([True, False, False])
+        conditioned = torch.tensor([True, False, False])
         raw = torch.stack([expected[0], head.mask_token, head.mask_token])
         wanted = functional.layer_norm(raw, (6,)).clamp(-0.5, 0.5)
-        torch.testing.assert_close(head.condition(embedding, told), wanted)
+        torch.testing.assert_close(head.condition(embedding, conditioned), wanted)
 
 
 def test_statistics_are_float32_under_autocast():
@@ -440,9 +450,9 @@ def test_statistics_are_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         embedding = head(x, torch.tensor([0, 0, 1, 1]), 2)
         condition = head.condition(embedding, torch.tensor([True, True]))
-        given = modulation.given(condition.repeat(2, 1), torch.ones(4, dtype=torch.bool))
-        assert given.scalars(0, x.bfloat16()).dtype == torch.bfloat16
-        assert given.update(0, x.bfloat16()).dtype == torch.bfloat16
+        modulation = modulation.bind(condition.repeat(2, 1), torch.ones(4, dtype=torch.bool))
+        assert modulation.scalars(0, x.bfloat16()).dtype == torch.bfloat16
+        assert modulation.update(0, x.bfloat16()).dtype == torch.bfloat16
     assert embedding.dtype == condition.dtype == torch.float32
 
 

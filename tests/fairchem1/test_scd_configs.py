@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fairchem_scd import DenoisingHydra
-from fairchem_scd.fairchem1.legacy import modernise
+from fairchem_scd.fairchem1.legacy import to_hydra
 from tests.fairchem1.test_configs import (
     EXPECTED,
     at,
@@ -116,7 +116,7 @@ def test_quick_starts_agree_with_each_other():
 def test_full_size_model_is_the_dens_runs_and_scd_adds_what_its_parts_say(name, sizes_only):
     """A noise head; the condition head; and for each block an MLP and α, of C l = 0 channels."""
     config = load(name)
-    arguments, _ = modernise(config["model"])
+    arguments, _ = to_hydra(config["model"])
     del arguments["name"]
     arguments["heads"] = arguments.get("heads") or {}
     model = DenoisingHydra(denoising=config["task"]["denoising"], **arguments)

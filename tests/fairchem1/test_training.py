@@ -383,9 +383,9 @@ def test_the_branch_is_alive(name, data, tmp_path):
         other = next(frame for frame in frames[index:] + frames if frame.sid == row.sid and frame.fid != row.fid)
         mask, target = corruption.mask, corruption.noise / 0.15
         for which, forces in (("right", row.forces), ("wrong", other.forces)):
-            told = replace(run, encoding=(forces, *run.encoding[1:]))
+            conditioned = replace(run, encoding=(forces, *run.encoding[1:]))
             with torch.no_grad():
-                noise = model(batch, Plan("dens", (told,)))[NOISE]
+                noise = model(batch, Plan("dens", (conditioned,)))[NOISE]
             errors[which] += float((noise - target)[mask].norm(dim=1).sum())
         errors["zero"] += float(target[mask].norm(dim=1).sum())
     assert errors["right"] < 0.8 * errors["zero"], errors

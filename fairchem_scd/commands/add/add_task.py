@@ -21,7 +21,7 @@ from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1 import plugin, pretraining  # noqa: F401 (the plug-in registers with the host)
 from fairchem_scd.fairchem1.backbones import adapter_class
 from fairchem_scd.fairchem1.dens_aliases import denoising_block
-from fairchem_scd.fairchem1.legacy import modernise
+from fairchem_scd.fairchem1.legacy import to_hydra
 from fairchem_scd.fairchem1.trainer.trainers import DenoisingMixin
 
 _EPOCHS, _STEPS = "fairchem_scd.EquiformerV2DenoisingTrainer", "fairchem_scd.DenoisingTrainer"
@@ -231,11 +231,11 @@ def _check(config: dict[str, Any], task: str, asked: Mapping[str, Any]) -> tuple
     """Check the config as the trainer will; return the share of each task, and whether it pre-trains."""
     if not isinstance(config.get("model"), Mapping):
         raise ConfigError("model: missing; the config names no model to train")
-    model, dens = modernise(config["model"])
+    model, dens = to_hydra(config["model"])
     alone = pretraining.is_self_supervised(config.get("outputs"), config.get("loss_functions"))
     tasks, _ = build_tasks(denoising_block(config["task"], config.get("optim") or {}, dens), supervised=not alone)
-    if model.get("backbone") and any(built.tells_forces for built in tasks.values()):
-        cannot = adapter_class(registry.get_model_class(model["backbone"]["model"])).cannot_tell_forces()
+    if model.get("backbone") and any(built.conditions_on_forces for built in tasks.values()):
+        cannot = adapter_class(registry.get_model_class(model["backbone"]["model"])).cannot_condition_on_forces()
         if cannot is not None:
             raise cannot
     shares = {name: built.settings.prob for name, built in tasks.items()}

@@ -14,7 +14,7 @@ from fairchem.core.datasets import data_list_collater
 
 from fairchem_scd.commands.check.report import Report
 from fairchem_scd.denoising.structures import structures_of
-from fairchem_scd.denoising.tasks import Task
+from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.fairchem1.data.guarded import Guarded
 from fairchem_scd.fairchem1.data.sources import check_source
 
@@ -55,9 +55,9 @@ def describe(split: str, dataset: Guarded, outputs: Sequence[str], *, skip: bool
     )
     free = [1 - float((row.fixed.view(-1) != 0).float().mean()) for row in rows if "fixed" in row]
     tags = torch.cat([row.tags.view(-1) for row in rows if "tags" in row] or [torch.tensor([])]).unique().tolist()
-    told = [f"{100 * float(np.mean(free)):.0f} % of the atoms are free"] if free else []
-    told += [f"tags {', '.join(f'{tag:g}' for tag in tags)}" if tags else "no tags"]
-    report.say("", "; ".join(told))
+    conditioned = [f"{100 * float(np.mean(free)):.0f} % of the atoms are free"] if free else []
+    conditioned += [f"tags {', '.join(f'{tag:g}' for tag in tags)}" if tags else "no tags"]
+    report.say("", "; ".join(conditioned))
     labels = [_label(name, rows) for name in outputs]
     report.say("", "labels: " + (", ".join(labels) if labels else "none are used"))
     return rows
@@ -78,7 +78,7 @@ def _range(counts: np.ndarray) -> str:
     return f"{low} atoms" if low == high else f"{low} to {high} atoms (median {np.median(counts):g})"
 
 
-def describe_corruption(task: Task, rows: list[Any], seed: int, report: Report) -> None:
+def describe_corruption(task: DenoisingTask, rows: list[Any], seed: int, report: Report) -> None:
     """Which atoms a task moves and how far, against the distance to their nearest neighbours."""
     batch = data_list_collater(rows, otf_graph=True)
     corruption = task.corrupt(structures_of(batch), seed=seed, step=1)

@@ -20,7 +20,7 @@ from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1 import pretraining
 from fairchem_scd.fairchem1.data.split import read_config
 from fairchem_scd.fairchem1.dens_aliases import denoising_block
-from fairchem_scd.fairchem1.legacy import modernise
+from fairchem_scd.fairchem1.legacy import to_hydra
 from fairchem_scd.fairchem1.trainer.trainers import DenoisingMixin
 
 
@@ -84,7 +84,7 @@ def _check_settings(config: Mapping[str, Any], report: Report) -> None:
     for key in ("model", "optim"):
         if not isinstance(config.get(key), Mapping):
             raise ConfigError(f"{key}: missing, or not a block")
-    _, dens = modernise(config["model"])
+    _, dens = to_hydra(config["model"])
     block = denoising_block(config.get("task") or {}, config["optim"], dens)
     supervised = not pretraining.is_self_supervised(config.get("outputs"), config.get("loss_functions"))
     tasks, denoising = build_tasks(block, supervised=supervised)

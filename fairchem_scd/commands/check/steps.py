@@ -12,17 +12,17 @@ from fairchem.core.common import distutils
 from tqdm import tqdm
 
 from fairchem_scd.commands.check.report import Report
-from fairchem_scd.denoising.tasks import Task
+from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.errors import ConfigError
 
 
 class _Always:
     """Stands in for a TaskDraw: every step has the same task."""
 
-    def __init__(self, task: Task | None, seed: int) -> None:
+    def __init__(self, task: DenoisingTask | None, seed: int) -> None:
         self.task, self.seed = task, seed
 
-    def __call__(self, step: int) -> Task | None:
+    def __call__(self, step: int) -> DenoisingTask | None:
         return self.task
 
 
@@ -53,7 +53,7 @@ def try_steps(trainer: Any, report: Report, *, repeats: int, seconds: float) -> 
         repeats: rounds after a first one that is not timed.
         seconds: begin no further round after this long.
     """
-    kinds: dict[str, Task | None] = {} if trainer.self_supervised else {"ordinary": None}
+    kinds: dict[str, DenoisingTask | None] = {} if trainer.self_supervised else {"ordinary": None}
     kinds |= {name: task for name, task in trainer.tasks.items() if task.settings.prob}
     batch, start = next(iter(trainer.train_loader)), time.monotonic()
     taken: dict[str, list[float]] = {name: [] for name in kinds}
@@ -75,7 +75,7 @@ def try_steps(trainer: Any, report: Report, *, repeats: int, seconds: float) -> 
         _say_costs(trainer, times, memory, len(batch.natoms), rounds, report)
 
 
-def _step(trainer: Any, batch: Any, name: str, task: Task | None, report: Report) -> tuple[float, int]:
+def _step(trainer: Any, batch: Any, name: str, task: DenoisingTask | None, report: Report) -> tuple[float, int]:
     """One step as in the host's training loop. Returns seconds and peak bytes on the device."""
     trainer.draw_task = _Always(task, trainer.draw_task.seed)
     trainer.model.train()

@@ -80,9 +80,9 @@ def embed(
         raise ConfigError(
             "the checkpoint makes no condition c: it was not trained with task.denoising.scd; its features are there"
         )
-    told = kind in ("condition", "both") or (kind == "auto" and has_condition)
-    tags = _embedded_tags(source) if told else None
-    run = _Run(model.to(device), device, condition=told, tags=tags)
+    conditioned = kind in ("condition", "both") or (kind == "auto" and has_condition)
+    tags = _embedded_tags(source) if conditioned else None
+    run = _Run(model.to(device), device, condition=conditioned, tags=tags)
     size = len(dataset) if limit is None else min(limit, len(dataset))
     if size == 0:
         raise ConfigError("there are no structures to embed")

@@ -1,7 +1,7 @@
 """Conditions: what a pass of the model is told besides the structure itself. Plain torch, usable alone."""
 
 from fairchem_scd.denoising.conditions.force import ForceEncoding
-from fairchem_scd.denoising.conditions.modulation import Given, Modulation
+from fairchem_scd.denoising.conditions.modulation import BoundModulation, Modulation
 from fairchem_scd.denoising.conditions.self_condition import ConditionHead
 
-__all__ = ["ConditionHead", "ForceEncoding", "Given", "Modulation"]
+__all__ = ["BoundModulation", "ConditionHead", "ForceEncoding", "Modulation"]

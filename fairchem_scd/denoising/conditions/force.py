@@ -64,6 +64,6 @@ class ForceEncoding(nn.Module):
                 y = y * (forces.norm(dim=-1, keepdim=True) / math.sqrt(3.0)) * mask[:, None]
                 encoding = y[:, self.harmonic, None] * self.force_weight[self.degree]
             if self.sigma_weight is not None:
-                told = sigma.float()[:, None, None] * self.sigma_weight
-                encoding = encoding.index_add(1, self.scalars, told)
+                conditioned = sigma.float()[:, None, None] * self.sigma_weight
+                encoding = encoding.index_add(1, self.scalars, conditioned)
             return encoding

@@ -30,35 +30,35 @@ class Modulation(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(BlockModulation(channels, null=null, gate_bound=gate_bound) for _ in range(blocks))
 
-    def given(self, condition: Tensor, told: Tensor) -> Given:
+    def bind(self, condition: Tensor, conditioned: Tensor) -> BoundModulation:
         """The modulation under one pass's condition.
 
         Args:
             condition: [n, C] of each atom.
             told: [n] bool, atoms that have one.
         """
-        return Given(self.blocks, condition, told)
+        return BoundModulation(self.blocks, condition, conditioned)
 
 
-class Given:
+class BoundModulation:
     """A modulation under one pass's condition. A block calls `scalars` on its way in and `update` on its way out."""
 
-    def __init__(self, blocks: nn.ModuleList, condition: Tensor, told: Tensor) -> None:
-        self._blocks, self._condition, self._told = blocks, condition, told
+    def __init__(self, blocks: nn.ModuleList, condition: Tensor, conditioned: Tensor) -> None:
+        self._blocks, self._condition, self._conditioned = blocks, condition, conditioned
         self._gates: dict[int, Tensor] = {}
 
     def scalars(self, block: int, scalars: Tensor) -> Tensor:
         """Modulate the [n, C] l = 0 features that enter the message part of a block."""
-        out, self._gates[block] = self._blocks[block](scalars, self._condition, self._told)
+        out, self._gates[block] = self._blocks[block](scalars, self._condition, self._conditioned)
         return out
 
     def update(self, block: int, update: Tensor) -> Tensor:
         """Scale the [n, C] l = 0 update that the message part returned."""
         return update * self._gates.pop(block).to(update.dtype)
 
-    def of(self, rows: Tensor) -> Given:
+    def of(self, rows: Tensor) -> BoundModulation:
         """The same of [m] rows instead, such as of edges by the numbers of their atoms."""
-        return Given(self._blocks, self._condition[rows], self._told[rows])
+        return BoundModulation(self._blocks, self._condition[rows], self._conditioned[rows])
 
 
 class BlockModulation(nn.Module):
@@ -90,7 +90,7 @@ class BlockModulation(nn.Module):
             nn.init.zeros_(self.mlp[-1].weight)
             nn.init.zeros_(self.mlp[-1].bias)
 
-    def forward(self, scalars: Tensor, condition: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, scalars: Tensor, condition: Tensor, conditioned: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the modulated features and the factor of the update, both [n, C]."""
         seen = functional.layer_norm(scalars.detach().float(), scalars.shape[-1:])
         shift, scale, gate = self.mlp(torch.cat([condition, seen], dim=-1)).chunk(3, dim=-1)
@@ -98,7 +98,7 @@ class BlockModulation(nn.Module):
             squashed = torch.tanh(self.a * scalars) * (1 + scale) / self.a
             return (squashed + shift).to(scalars.dtype), torch.tanh(self.alpha * gate)
         # Selected, not multiplied: exactly nothing where nothing is told, whatever the MLP says.
-        told = told[:, None]
-        out = torch.where(told, (scalars * (1 + scale) + shift).to(scalars.dtype), scalars)
-        factor = torch.where(told, 1 + self.gate_bound * torch.tanh(self.alpha * gate), 1.0)
+        conditioned = conditioned[:, None]
+        out = torch.where(conditioned, (scalars * (1 + scale) + shift).to(scalars.dtype), scalars)
+        factor = torch.where(conditioned, 1 + self.gate_bound * torch.tanh(self.alpha * gate), 1.0)
         return out, factor

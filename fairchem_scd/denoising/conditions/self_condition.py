@@ -61,7 +61,7 @@ class ConditionHead(nn.Module):
             pooled = pooled / count.clamp(min=1)[:, None]
         return self.structure(pooled).float()
 
-    def condition(self, embedding: Tensor, told: Tensor) -> Tensor:
+    def condition(self, embedding: Tensor, conditioned: Tensor) -> Tensor:
         """What blocks are told of each structure.
 
         Args:
@@ -72,5 +72,5 @@ class ConditionHead(nn.Module):
             [B, C] float32.
         """
         if self.mask_token is not None:
-            embedding = torch.where(told[:, None], embedding, self.mask_token)
+            embedding = torch.where(conditioned[:, None], embedding, self.mask_token)
         return self.norm(embedding.float()).float().clamp(-self.clamp, self.clamp)

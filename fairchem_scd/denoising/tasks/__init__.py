@@ -6,24 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from fairchem_scd.denoising.settings import Denoising, Settings, parse_denoising
-from fairchem_scd.denoising.tasks.base import Task
+from fairchem_scd.denoising.tasks.base import DenoisingTask
 from fairchem_scd.denoising.tasks.dens import Dens
 from fairchem_scd.denoising.tasks.draw import TaskDraw
 from fairchem_scd.denoising.tasks.noisy_nodes import NoisyNodes
 from fairchem_scd.denoising.tasks.scd import Scd
 
-__all__ = ["Dens", "NoisyNodes", "Scd", "Task", "TaskDraw", "build_tasks", "register_task", "task_classes"]
+__all__ = ["DenoisingTask", "Dens", "NoisyNodes", "Scd", "TaskDraw", "build_tasks", "register_task", "task_classes"]
 
-_TASKS: dict[str, type[Task]] = {}
+_TASKS: dict[str, type[DenoisingTask]] = {}
 
 
-def register_task(cls: type[Task]) -> type[Task]:
+def register_task(cls: type[DenoisingTask]) -> type[DenoisingTask]:
     """Make a task known under `cls.name`, its key in the `task.denoising` block."""
     _TASKS[cls.name] = cls
     return cls
 
 
-def task_classes() -> dict[str, type[Task]]:
+def task_classes() -> dict[str, type[DenoisingTask]]:
     """All known tasks, by name."""
     return dict(_TASKS)
 
@@ -32,7 +32,7 @@ for _task in (Dens, Scd, NoisyNodes):
     register_task(_task)
 
 
-def build_tasks(block: Mapping[str, Any] | None, supervised: bool = True) -> tuple[dict[str, Task], Denoising]:
+def build_tasks(block: Mapping[str, Any] | None, supervised: bool = True) -> tuple[dict[str, DenoisingTask], Denoising]:
     """The tasks that a `task.denoising` block turns on, by name, and the parsed block.
 
     Args:

@@ -33,7 +33,7 @@ class Backbone(Protocol):
         """Another instance of the backbone's own force head."""
 
 
-class Task(ABC):
+class DenoisingTask(ABC):
     """A denoising task.
 
     Class attributes:
@@ -58,7 +58,7 @@ class Task(ABC):
         return frozenset()
 
     @property
-    def tells_forces(self) -> bool:
+    def conditions_on_forces(self) -> bool:
         """Whether a pass is told forces, which takes a backbone with vector features."""
         return False
 

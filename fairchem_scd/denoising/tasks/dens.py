@@ -12,11 +12,11 @@ from fairchem_scd.denoising.corruption import Corruption, corrupt
 from fairchem_scd.denoising.plan import Objective, Pass
 from fairchem_scd.denoising.settings import DensSettings
 from fairchem_scd.denoising.structures import Structures, require
-from fairchem_scd.denoising.tasks.base import Backbone, Task
+from fairchem_scd.denoising.tasks.base import Backbone, DenoisingTask
 from fairchem_scd.errors import ConfigError
 
 
-class Dens(Task):
+class Dens(DenoisingTask):
     """Corrupt a structure, tell the model the forces of the original, predict the noise.
 
     One pass: corrupted atoms train on their noise, the others on their forces, the structure on the original's energy.
@@ -31,7 +31,7 @@ class Dens(Task):
         return frozenset({"forces"} | ({"stress"} if self.settings.max_stress_norm is not None else set()))
 
     @property
-    def tells_forces(self) -> bool:
+    def conditions_on_forces(self) -> bool:
         return self.settings.force_encoding or self.settings.sigma_encoding
 
     def check(self, outputs: Collection[str], trained: Collection[str]) -> None:
@@ -46,7 +46,7 @@ class Dens(Task):
     def modules(self, backbone: Backbone) -> nn.ModuleDict:
         modules = nn.ModuleDict({"noise_head": backbone.vector_head()})
         s = self.settings
-        if self.tells_forces:
+        if self.conditions_on_forces:
             modules["encoding"] = ForceEncoding(
                 **backbone.encoding_spec, forces=s.force_encoding, sigma=s.sigma_encoding
             )

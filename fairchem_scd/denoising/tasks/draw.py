@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fairchem_scd.denoising.random import stream
-from fairchem_scd.denoising.tasks.base import Task
+from fairchem_scd.denoising.tasks.base import DenoisingTask
 
 # Probabilities that sum to 1 leave no ordinary step, however their sum is rounded.
 _ROUNDING = 1e-9
@@ -19,11 +19,11 @@ class TaskDraw:
         seed: the run's seed.
     """
 
-    def __init__(self, tasks: Mapping[str, Task], seed: int) -> None:
+    def __init__(self, tasks: Mapping[str, DenoisingTask], seed: int) -> None:
         self.tasks = tasks
         self.seed = seed
 
-    def __call__(self, step: int) -> Task | None:
+    def __call__(self, step: int) -> DenoisingTask | None:
         """The task of `step`; None for an ordinary step."""
         point = stream(self.seed, step, "task of the step").random()
         for task in self.tasks.values():

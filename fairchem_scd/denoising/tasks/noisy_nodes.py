@@ -8,10 +8,10 @@ from fairchem_scd.denoising.corruption import Corruption, corrupt
 from fairchem_scd.denoising.plan import Objective, Pass
 from fairchem_scd.denoising.settings import NoisyNodesSettings
 from fairchem_scd.denoising.structures import Structures
-from fairchem_scd.denoising.tasks.base import Backbone, Task
+from fairchem_scd.denoising.tasks.base import Backbone, DenoisingTask
 
 
-class NoisyNodes(Task):
+class NoisyNodes(DenoisingTask):
     """Train every label on slightly noisy input, and predict the noise beside them. One pass, no condition."""
 
     name = "noisy_nodes"

@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from fairchem_scd.denoising.conditions import ConditionHead, ForceEncoding, Modulation
 from fairchem_scd.denoising.corruption import Corruption, corrupt
-from fairchem_scd.denoising.plan import VALIDATION, Objective, Part, Pass
+from fairchem_scd.denoising.plan import VALIDATION, AtomSubset, Objective, Pass
 from fairchem_scd.denoising.random import stream
 from fairchem_scd.denoising.running_scale import RunningScale
 from fairchem_scd.denoising.settings import ScdSettings
 from fairchem_scd.denoising.structures import Structures, require
-from fairchem_scd.denoising.tasks.base import Backbone, Task
+from fairchem_scd.denoising.tasks.base import Backbone, DenoisingTask
 from fairchem_scd.errors import ConfigError
 
 _STD_REG = 0.005
 _COEFFICIENT = {True: 10.0, False: 1.0}  # beside other losses, and alone
 
 
-class Scd(Task):
+class Scd(DenoisingTask):
     """Embed a structure, corrupt it, tell the model the embedding, predict the noise.
 
     Two passes. The first, over the clean structure, embeds it, and beside other losses predicts the config's outputs;
@@ -42,7 +42,7 @@ class Scd(Task):
         return frozenset(forces | ({"tags"} if s.embed_tags or s.denoise_tags else set()))
 
     @property
-    def tells_forces(self) -> bool:
+    def conditions_on_forces(self) -> bool:
         return "forces" in self.settings.condition
 
     def check(self, outputs: Collection[str], trained: Collection[str]) -> None:
@@ -79,7 +79,7 @@ class Scd(Task):
             modules["modulation"] = Modulation(
                 channels, backbone.num_modulated, null=s.null_condition, gate_bound=s.gate_bound
             )
-        if self.tells_forces:
+        if self.conditions_on_forces:
             modules["encoding"] = ForceEncoding(**backbone.encoding_spec)
         if self._runs_scale:
             modules["scale"] = RunningScale(math.sqrt(sum(sigma**2 for sigma in s.sigmas) / len(s.sigmas)))
@@ -91,34 +91,34 @@ class Scd(Task):
 
     def passes(self, structures: Structures, corruption: Corruption, *, seed: int, step: int) -> tuple[Pass, ...]:
         s = self.settings
-        passes, told = [], None
+        passes, conditioned = [], None
         if "self" in s.condition:
             clean = self._clean_view(structures, seed, step)
             shared = self.supervised and s.embed_tags is None
             if self.supervised and not shared:
                 passes.append(Pass(structures.pos))
             passes.append(replace(self.embedding(structures), pos=clean, outputs=shared))
-            told = self._told(structures, seed, step)
+            conditioned = self._conditioned(structures, seed, step)
         elif self.supervised:
             passes.append(Pass(structures.pos))
         encoding = None
         if "forces" in s.condition:
             forces = require(structures.forces, "forces", self.name)
             encoding = (forces, corruption.mask, corruption.sigma[corruption.batch])
-        part = None
+        subset = None
         if s.denoise_tags is not None:
             target = _tagged(structures, s.denoise_tags) & corruption.corrupted[corruption.batch]
-            part = _part(structures, target)
+            subset = _part(structures, target)
         noisy = structures.pos + corruption.noise
-        passes.append(Pass(noisy, part=part, encoding=encoding, told=told, outputs=False, noise=True))
+        passes.append(Pass(noisy, subset=subset, encoding=encoding, conditioned=conditioned, outputs=False, noise=True))
         return tuple(passes)
 
     def embedding(self, structures: Structures) -> Pass:
         """The pass that embeds structures as they are."""
-        part = _part(structures, self.embedded(structures))
+        subset = _part(structures, self.embedded(structures))
         return Pass(
             structures.pos,
-            part=part,
+            subset=subset,
             outputs=False,
             embed=True,
             detach_embedding=self.settings.stop_gradient_condition,
@@ -153,14 +153,14 @@ class Scd(Task):
         counts = torch.zeros_like(structures.natoms).index_add_(0, batch, chosen.to(structures.natoms))
         return chosen & (counts > 1)[batch]
 
-    def _told(self, structures: Structures, seed: int, step: int) -> Tensor:
+    def _conditioned(self, structures: Structures, seed: int, step: int) -> Tensor:
         """[B] bool: structures that have an embedding and are told it."""
-        told = torch.zeros(len(structures.natoms), dtype=torch.bool)
-        told[structures.batch[self.embedded(structures)]] = True
+        conditioned = torch.zeros(len(structures.natoms), dtype=torch.bool)
+        conditioned[structures.batch[self.embedded(structures)]] = True
         if step != VALIDATION:
             drops = [stream(seed, step, f"condition of {name}").random() for name in structures.ids]
-            told &= torch.tensor(drops) >= self.settings.condition_drop
-        return told
+            conditioned &= torch.tensor(drops) >= self.settings.condition_drop
+        return conditioned
 
     def _noise(
         self,
@@ -191,9 +191,9 @@ def _tagged(structures: Structures, tags: Collection[int] | None) -> Tensor:
     return torch.isin(require(structures.tags, "tags", Scd.name), torch.tensor(sorted(tags)))
 
 
-def _part(structures: Structures, chosen: Tensor) -> Part | None:
+def _part(structures: Structures, chosen: Tensor) -> AtomSubset | None:
     """The chosen [N] atoms as a batch of their own; None: all atoms.
 
     All atoms too where none is chosen: such a pass has no effect, but every rank makes one.
     """
-    return None if chosen.all() or not chosen.any() else Part.of(structures.natoms, chosen)
+    return None if chosen.all() or not chosen.any() else AtomSubset.of(structures.natoms, chosen)

@@ -11,7 +11,7 @@ from fairchem.core.models.dimenet_plus_plus import DimeNetPlusPlusWrapBackbone
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.adapter import Adapter, register_adapter
-from fairchem_scd.denoising.conditions import Given
+from fairchem_scd.denoising.conditions import BoundModulation
 from fairchem_scd.denoising.edge_vector import EdgeVectorHead
 from fairchem_scd.denoising.hooks import hooked, replaced
 
@@ -20,7 +20,7 @@ from fairchem_scd.denoising.hooks import hooked, replaced
 class DimeNetPlusPlusAdapter(Adapter):
     host_class = DimeNetPlusPlusWrapBackbone
     names = ("dimenetplusplus_backbone",)
-    one_piece = {"dimenetplusplus": {"energy": {"module": "dimenetplusplus_energy_and_force_head"}}}
+    legacy_heads = {"dimenetplusplus": {"energy": {"module": "dimenetplusplus_energy_and_force_head"}}}
     moved = {}
     vectors_need_forces = False
     elements_key = None
@@ -40,11 +40,14 @@ class DimeNetPlusPlusAdapter(Adapter):
         return (self.backbone.output_blocks,)
 
     @contextmanager
-    def energy_free(self) -> Iterator[None]:
+    def skip_energy_readout(self) -> Iterator[None]:
         def nothing(x: Tensor, rbf: Tensor, i: Tensor, num_nodes: int) -> Tensor:
             return x.new_zeros(num_nodes, 1)
 
-        with super().energy_free(), replaced(self.backbone, "output_blocks", [nothing] * (self.num_modulated + 1)):
+        with (
+            super().skip_energy_readout(),
+            replaced(self.backbone, "output_blocks", [nothing] * (self.num_modulated + 1)),
+        ):
             yield
 
     @property
@@ -64,19 +67,19 @@ class DimeNetPlusPlusAdapter(Adapter):
         return (self.backbone.emb.emb,)
 
     @contextmanager
-    def in_pass(self, given: Given | None, heads: Iterable[nn.Module]) -> Iterator[None]:
+    def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> Iterator[None]:
         backbone = self.backbone
-        of_edges: list[Given] = []
+        of_edges: list[BoundModulation] = []
 
         def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
-            of_edges[:] = [given.of(args[2])]  # elements, radial basis, targets, sources
+            of_edges[:] = [modulation.of(args[2])]  # elements, radial basis, targets, sources
 
         def directions(module: nn.Module, args: tuple[Any, ...], embedding: dict[str, Any]) -> None:
             embedding["edge_vec"] = _directions(args[0], backbone.use_pbc)
 
         with ExitStack() as stack:
             stack.enter_context(hooked(backbone.register_forward_hook(directions)))
-            if given is not None:
+            if modulation is not None:
                 stack.enter_context(hooked(backbone.emb.register_forward_pre_hook(begin)))
                 for i, block in enumerate(backbone.interaction_blocks):
                     stack.enter_context(_modulated(block, of_edges, i))
@@ -94,7 +97,7 @@ def _directions(data: Any, use_pbc: bool) -> Tensor:
 
 
 @contextmanager
-def _modulated(block: nn.Module, of_edges: list[Given], index: int) -> Iterator[None]:
+def _modulated(block: nn.Module, of_edges: list[BoundModulation], index: int) -> Iterator[None]:
     """While entered, modulate what the message layers of a block read of the edges, and its update of them.
 
     Edges have features and atoms none; the condition of an edge is that of its structure.

@@ -14,8 +14,8 @@ from fairchem.core.models.equiformer_v2.transformer_block import SO2EquivariantG
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.adapter import Adapter, register_adapter
-from fairchem_scd.denoising.conditions import Given
-from fairchem_scd.denoising.hooks import Again, hooked, replaced, with_scalars
+from fairchem_scd.denoising.conditions import BoundModulation
+from fairchem_scd.denoising.hooks import RecomputeInContext, hooked, replaced, with_scalars
 from fairchem_scd.errors import ConfigError
 
 _HEADS = {"energy": {"module": "equiformerV2_scalar_head"}, "forces": {"module": "equiformerV2_vector_head"}}
@@ -25,7 +25,7 @@ _HEADS = {"energy": {"module": "equiformerV2_scalar_head"}, "forces": {"module":
 class EquiformerV2Adapter(Adapter):
     host_class = EquiformerV2Backbone
     names = ("equiformer_v2_backbone",)
-    one_piece = {"equiformer_v2": _HEADS, "equiformer_v2_dens": _HEADS}
+    legacy_heads = {"equiformer_v2": _HEADS, "equiformer_v2_dens": _HEADS}
     # The first is an option of EquiformerV2's own repository that the host never had.
     dropped = {"use_tp_reparam": False, "use_energy_lin_ref": False}
 
@@ -64,23 +64,23 @@ class EquiformerV2Adapter(Adapter):
             block.drop_path.drop_prob = rate
 
     @contextmanager
-    def in_pass(self, given: Given | None, heads: Iterable[nn.Module]) -> Iterator[None]:
+    def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> Iterator[None]:
         backbone = self.backbone
         with ExitStack() as stack:
             if backbone.activation_checkpoint:
                 rotations = _Rotations(backbone.SO3_rotation)
                 blocks = []
                 for i, block in enumerate(backbone.blocks):
-                    told = () if given is None else (partial(_modulated, block, given, i),)
-                    blocks.append(Again(block, rotations.restored, *told))
+                    conditioned = () if modulation is None else (partial(_modulated, block, modulation, i),)
+                    blocks.append(RecomputeInContext(block, rotations.restored, *conditioned))
                 stack.enter_context(replaced(backbone, "blocks", blocks))
                 for head in heads:
                     for name, child in head.named_children():
                         if isinstance(child, SO2EquivariantGraphAttention):
-                            stack.enter_context(replaced(head, name, Again(child, rotations.restored)))
-            elif given is not None:
+                            stack.enter_context(replaced(head, name, RecomputeInContext(child, rotations.restored)))
+            elif modulation is not None:
                 for i, block in enumerate(backbone.blocks):
-                    stack.enter_context(_modulated(block, given, i))
+                    stack.enter_context(_modulated(block, modulation, i))
             yield
 
     @contextmanager
@@ -96,14 +96,14 @@ class EquiformerV2Adapter(Adapter):
 
 
 @contextmanager
-def _modulated(block: nn.Module, given: Given, index: int) -> Iterator[None]:
+def _modulated(block: nn.Module, modulation: BoundModulation, index: int) -> Iterator[None]:
     """While entered, modulate what attention reads and writes: row 0 of the coefficients is l = 0."""
 
     def enter(module: nn.Module, args: tuple[Any, ...], normed: Tensor) -> Tensor:
-        return with_scalars(normed, [0], lambda x: given.scalars(index, x))
+        return with_scalars(normed, [0], lambda x: modulation.scalars(index, x))
 
     def leave(module: nn.Module, args: tuple[Any, ...], update: Any) -> Any:
-        update.embedding = with_scalars(update.embedding, [0], lambda x: given.update(index, x))
+        update.embedding = with_scalars(update.embedding, [0], lambda x: modulation.update(index, x))
         return update
 
     with hooked(block.norm_1.register_forward_hook(enter), block.ga.register_forward_hook(leave)):

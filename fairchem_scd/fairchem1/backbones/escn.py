@@ -11,7 +11,7 @@ from fairchem.core.models.escn.escn import eSCNBackbone, eSCNForceHead
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.adapter import Adapter, register_adapter
-from fairchem_scd.denoising.conditions import Given
+from fairchem_scd.denoising.conditions import BoundModulation
 from fairchem_scd.denoising.hooks import hooked, with_scalars
 
 _HEADS = {"energy": {"module": "escn_energy_head"}, "forces": {"module": "escn_force_head"}}
@@ -21,7 +21,7 @@ _HEADS = {"energy": {"module": "escn_energy_head"}, "forces": {"module": "escn_f
 class ESCNAdapter(Adapter):
     host_class = eSCNBackbone
     names = ("escn_backbone",)
-    one_piece = {"escn": _HEADS, "escn_dens": _HEADS}
+    legacy_heads = {"escn": _HEADS, "escn_dens": _HEADS}
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__(backbone)
@@ -51,22 +51,22 @@ class ESCNAdapter(Adapter):
         return (self.backbone.sphere_embedding,)
 
     @contextmanager
-    def in_pass(self, given: Given | None, heads: Iterable[nn.Module]) -> Iterator[None]:
+    def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> Iterator[None]:
         with ExitStack() as stack:
-            if given is not None:
+            if modulation is not None:
                 for i, block in enumerate(self.backbone.layer_blocks[1:]):
-                    stack.enter_context(self._modulated(block, given, i))
+                    stack.enter_context(self._modulated(block, modulation, i))
             yield
 
     @contextmanager
-    def _modulated(self, block: nn.Module, given: Given, index: int) -> Iterator[None]:
+    def _modulated(self, block: nn.Module, modulation: BoundModulation, index: int) -> Iterator[None]:
         def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = copy.copy(args[0])  # the residual is to stay as it is
-            x.embedding = with_scalars(x.embedding, self._rows, lambda x: given.scalars(index, x))
+            x.embedding = with_scalars(x.embedding, self._rows, lambda x: modulation.scalars(index, x))
             return (x, *args[1:])
 
         def leave(module: nn.Module, args: tuple[Any, ...], update: Any) -> Any:
-            update.embedding = with_scalars(update.embedding, self._rows, lambda x: given.update(index, x))
+            update.embedding = with_scalars(update.embedding, self._rows, lambda x: modulation.update(index, x))
             return update
 
         with hooked(block.register_forward_pre_hook(enter), block.register_forward_hook(leave)):

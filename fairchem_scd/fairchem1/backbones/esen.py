@@ -11,8 +11,8 @@ from fairchem.core.models.esen.esen import Linear_Force_Head, eSEN_Backbone
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.adapter import Adapter, register_adapter
-from fairchem_scd.denoising.conditions import Given
-from fairchem_scd.denoising.hooks import Again, hooked, replaced, with_scalars
+from fairchem_scd.denoising.conditions import BoundModulation
+from fairchem_scd.denoising.hooks import RecomputeInContext, hooked, replaced, with_scalars
 
 
 @register_adapter
@@ -42,11 +42,14 @@ class ESENAdapter(Adapter):
     def element_embeddings(self) -> Iterable[nn.Module]:
         return (self.backbone.sphere_embedding,)
 
-    def in_pass(self, given: Given | None, heads: Iterable[nn.Module]) -> AbstractContextManager[None]:
-        if given is None:
+    def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> AbstractContextManager[None]:
+        if modulation is None:
             return nullcontext()
         # Stand-ins, since activation checkpointing runs blocks again; rotations are among what a block is given.
-        blocks = [Again(block, partial(_modulated, block, given, i)) for i, block in enumerate(self.backbone.blocks)]
+        blocks = [
+            RecomputeInContext(block, partial(_modulated, block, modulation, i))
+            for i, block in enumerate(self.backbone.blocks)
+        ]
         return replaced(self.backbone, "blocks", blocks)
 
     @contextmanager
@@ -61,14 +64,14 @@ class ESENAdapter(Adapter):
 
 
 @contextmanager
-def _modulated(block: nn.Module, given: Given, index: int) -> Iterator[None]:
+def _modulated(block: nn.Module, modulation: BoundModulation, index: int) -> Iterator[None]:
     """While entered, modulate what messages are made of and their sum: row 0 of the coefficients is l = 0."""
 
     def enter(module: nn.Module, args: tuple[Any, ...], normed: Tensor) -> Tensor:
-        return with_scalars(normed, [0], lambda x: given.scalars(index, x))
+        return with_scalars(normed, [0], lambda x: modulation.scalars(index, x))
 
     def leave(module: nn.Module, args: tuple[Any, ...], update: Tensor) -> Tensor:
-        return with_scalars(update, [0], lambda x: given.update(index, x))
+        return with_scalars(update, [0], lambda x: modulation.update(index, x))
 
     with hooked(block.norm_1.register_forward_hook(enter), block.edge_wise.register_forward_hook(leave)):
         yield

@@ -17,7 +17,7 @@ from fairchem.core.models.gemnet_oc.gemnet_oc import (
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.adapter import Adapter, register_adapter
-from fairchem_scd.denoising.conditions import Given
+from fairchem_scd.denoising.conditions import BoundModulation
 from fairchem_scd.denoising.edge_vector import EdgeVectorHead
 from fairchem_scd.denoising.hooks import hooked, replaced
 from fairchem_scd.errors import ConfigError
@@ -27,7 +27,7 @@ class _GemNetAdapter(Adapter):
     """What both have: atoms' features h, which edges read and which are updated from edges."""
 
     moved = {}
-    vectors_need_forces = lone_structures = False
+    vectors_need_forces = runs_lone_structures = False
     elements_key = "num_elements"
     energy_head: ClassVar[type[nn.Module]]
 
@@ -66,21 +66,21 @@ class _GemNetAdapter(Adapter):
         return (self.backbone.out_blocks, self.backbone.mlp_rbf_out)
 
     @contextmanager
-    def energy_free(self) -> Iterator[None]:
+    def skip_energy_readout(self) -> Iterator[None]:
         # Nobody reads these, and they have layers on edges: some tenth of a pass.
         nothing = [lambda *_: (0, 0)] * len(self.backbone.out_blocks)
-        with super().energy_free(), replaced(self.backbone, "out_blocks", nothing):
+        with super().skip_energy_readout(), replaced(self.backbone, "out_blocks", nothing):
             yield
 
     @contextmanager
-    def in_pass(self, given: Given | None, heads: Iterable[nn.Module]) -> Iterator[None]:
+    def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> Iterator[None]:
         blocks = self.backbone.int_blocks
         # Atoms tell edges their features at the end of a block, for the next one.
         readers = [self.backbone.edge_emb, *(block.concat_layer for block in blocks[:-1])]
         with ExitStack() as stack:
-            if given is not None:
+            if modulation is not None:
                 for i, (reader, block) in enumerate(zip(readers, blocks, strict=True)):
-                    stack.enter_context(_modulated(reader, block.atom_update, given, i))
+                    stack.enter_context(_modulated(reader, block.atom_update, modulation, i))
             yield
 
 
@@ -88,17 +88,17 @@ class _GemNetAdapter(Adapter):
 class GemNetTAdapter(_GemNetAdapter):
     host_class, energy_head = GemNetTBackbone, GemNetTEnergyAndGradForceHead
     names = ("gemnet_t_backbone",)
-    one_piece = {"gemnet_t": {"energy": {"module": "gemnet_t_energy_and_grad_force_head"}}}
+    legacy_heads = {"gemnet_t": {"energy": {"module": "gemnet_t_energy_and_grad_force_head"}}}
 
     @classmethod
-    def twin_heads(cls, name: str, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        heads = super().twin_heads(name, arguments)
+    def hydra_heads(cls, name: str, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        heads = super().hydra_heads(name, arguments)
         if arguments.get("direct_forces", False):
             heads["forces"] = {"module": "gemnet_t_force_head"}
         return heads
 
     @contextmanager
-    def in_pass(self, given: Given | None, heads: Iterable[nn.Module]) -> Iterator[None]:
+    def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> Iterator[None]:
         # Diatomic parts have no triplets, which the host cannot sum: one of zeros, through which all has a gradient.
         def one_at_least(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             (radial, angular), edges, _, place = args
@@ -110,7 +110,7 @@ class GemNetTAdapter(_GemNetAdapter):
 
         layers = [block.trip_interaction.mlp_cbf for block in self.backbone.int_blocks]
         hooks = [layer.register_forward_pre_hook(one_at_least) for layer in layers]
-        with hooked(*hooks), super().in_pass(given, heads):
+        with hooked(*hooks), super().in_pass(modulation, heads):
             yield
 
 
@@ -118,7 +118,7 @@ class GemNetTAdapter(_GemNetAdapter):
 class GemNetOCAdapter(_GemNetAdapter):
     host_class, energy_head = GemNetOCBackbone, GemNetOCEnergyAndGradForceHead
     names = ("gemnet_oc_backbone",)
-    one_piece = {"gemnet_oc": {"energy": {"module": "gemnet_oc_energy_and_grad_force_head"}}}
+    legacy_heads = {"gemnet_oc": {"energy": {"module": "gemnet_oc_energy_and_grad_force_head"}}}
     moved = {"out_mlp_E": "energy", "out_energy": "energy", "out_mlp_F": "forces", "out_forces": "forces"}
 
     @classmethod
@@ -139,8 +139,8 @@ class GemNetOCAdapter(_GemNetAdapter):
                 setattr(backbone, name, None)
 
     @classmethod
-    def twin_heads(cls, name: str, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        heads = super().twin_heads(name, arguments)
+    def hydra_heads(cls, name: str, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        heads = super().hydra_heads(name, arguments)
         if arguments.get("direct_forces", False):
             heads["forces"] = {"module": "gemnet_oc_force_head"}
         for head in heads.values():
@@ -162,15 +162,15 @@ class GemNetOCAdapter(_GemNetAdapter):
         return [part for block in parts for part in block if part is not None]
 
     @contextmanager
-    def energy_free(self) -> Iterator[None]:
+    def skip_energy_readout(self) -> Iterator[None]:
         if self.backbone.direct_forces:
             yield
             return
-        with super().energy_free():
+        with super().skip_energy_readout():
             yield
 
     @contextmanager
-    def in_pass(self, given: Given | None, heads: Iterable[nn.Module]) -> Iterator[None]:
+    def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> Iterator[None]:
         # The host's backbone keeps to itself what it returns in GemNet-T.
         last: list[Tensor] = []
 
@@ -182,22 +182,22 @@ class GemNetOCAdapter(_GemNetAdapter):
 
         backbone = self.backbone
         hooks = backbone.int_blocks[-1].register_forward_hook(note), backbone.register_forward_hook(add)
-        with hooked(*hooks), super().in_pass(given, heads):
+        with hooked(*hooks), super().in_pass(modulation, heads):
             yield
 
 
 @contextmanager
-def _modulated(reader: nn.Module, update: nn.Module, given: Given, index: int) -> Iterator[None]:
+def _modulated(reader: nn.Module, update: nn.Module, modulation: BoundModulation, index: int) -> Iterator[None]:
     """While entered, modulate what a layer on edges reads of atoms, and the update that the next block makes of edges.
 
     Nothing else reads what is modulated here: the residual stream of atoms' features stays as it is.
     """
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (given.scalars(index, args[0]), *args[1:])
+        return (modulation.scalars(index, args[0]), *args[1:])
 
     def leave(module: nn.Module, args: tuple[Any, ...], made: Tensor) -> Tensor:
-        return given.update(index, made)
+        return modulation.update(index, made)
 
     with hooked(reader.register_forward_pre_hook(enter), update.register_forward_hook(leave)):
         yield

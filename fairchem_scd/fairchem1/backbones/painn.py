@@ -11,7 +11,7 @@ from fairchem.core.models.painn.painn import PaiNNBackbone, PaiNNForceHead
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.adapter import Adapter, register_adapter
-from fairchem_scd.denoising.conditions import Given
+from fairchem_scd.denoising.conditions import BoundModulation
 from fairchem_scd.denoising.hooks import hooked
 from fairchem_scd.errors import ConfigError
 
@@ -22,9 +22,9 @@ class PaiNNAdapter(Adapter):
 
     host_class = PaiNNBackbone
     names = ("painn_backbone",)
-    one_piece = {"painn": {"energy": {"module": "painn_energy_head"}, "forces": {"module": "painn_force_head"}}}
+    legacy_heads = {"painn": {"energy": {"module": "painn_energy_head"}, "forces": {"module": "painn_force_head"}}}
     moved = {"out_energy": "energy", "out_forces": "forces"}
-    vectors_need_forces = lone_structures = False
+    vectors_need_forces = runs_lone_structures = False
     elements_key = "num_elements"
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -68,11 +68,11 @@ class PaiNNAdapter(Adapter):
         return (self.backbone.atom_emb,)
 
     @contextmanager
-    def in_pass(self, given: Given | None, heads: Iterable[nn.Module]) -> Iterator[None]:
+    def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> Iterator[None]:
         with ExitStack() as stack:
-            if given is not None:
+            if modulation is not None:
                 for i, message in enumerate(self.backbone.message_layers):
-                    stack.enter_context(_modulated(message, given, i))
+                    stack.enter_context(_modulated(message, modulation, i))
             yield
 
     @contextmanager
@@ -101,14 +101,14 @@ class PaiNNAdapter(Adapter):
 
 
 @contextmanager
-def _modulated(message: nn.Module, given: Given, index: int) -> Iterator[None]:
+def _modulated(message: nn.Module, modulation: BoundModulation, index: int) -> Iterator[None]:
     """While entered, modulate the scalars that messages are made of, and the update they come to."""
 
     def enter(module: nn.Module, args: tuple[Any, ...], normed: Tensor) -> Tensor:
-        return given.scalars(index, normed)
+        return modulation.scalars(index, normed)
 
     def leave(module: nn.Module, args: tuple[Any, ...], update: tuple[Tensor, Tensor]) -> Any:
-        return given.update(index, update[0]), update[1]
+        return modulation.update(index, update[0]), update[1]
 
     with hooked(message.x_layernorm.register_forward_hook(enter), message.register_forward_hook(leave)):
         yield

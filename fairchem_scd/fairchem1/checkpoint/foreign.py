@@ -22,7 +22,7 @@ from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.checkpoint.source import ADDED, bare, model_config, trainable, whole
 from fairchem_scd.fairchem1.dens_aliases import denoising_block
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
-from fairchem_scd.fairchem1.legacy import modernise, twin_key
+from fairchem_scd.fairchem1.legacy import hydra_key, to_hydra
 
 _EMBEDDING = "backbone.sphere_embedding.weight"
 _REFERENCES = "backbone.energy_lin_ref"
@@ -93,11 +93,11 @@ def _named(checkpoint: Mapping[str, Any]) -> dict[str, tuple[str | None, Tensor]
             f"the checkpoint is of no DeNS model (its model is '{model_config(checkpoint).get('name')}', and it has no "
             "weights force_embedding.*); one of a plain model needs no import: give it to --checkpoint as it is"
         )
-    one_piece = "force_embedding.weight" in theirs
+    legacy_heads = "force_embedding.weight" in theirs
     named: dict[str, tuple[str | None, Tensor]] = {}
     taken = set()
     for key, value in theirs.items():
-        ours = twin_key(key) if one_piece else key
+        ours = hydra_key(key) if legacy_heads else key
         for pattern, name in _RENAMED:
             ours = re.sub(f"^{pattern}", name, ours)
         if ours in taken:
@@ -211,7 +211,7 @@ def _new_config(checkpoint: Mapping[str, Any], plain: bool) -> tuple[dict[str, A
     model, _ = whole(config["model"])
     adds_references = bool(model.pop("use_energy_lin_ref", False))
     trains_energy = model.pop("use_denoising_energy", True)
-    block, dens = modernise(model)
+    block, dens = to_hydra(model)
     if not trains_energy:
         dens["train_outputs"] = []
     optim, task = config.get("optim") or {}, dict(config.get("task") or {})

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.checkpoint.files import read
-from fairchem_scd.fairchem1.hydra import undecayed
-from fairchem_scd.fairchem1.legacy import twin_key
+from fairchem_scd.fairchem1.hydra import no_weight_decay_names
+from fairchem_scd.fairchem1.legacy import hydra_key
 from fairchem_scd.fairchem1.pretraining import is_self_supervised
 
 ADDED = "denoising."
@@ -40,14 +40,14 @@ class Source:
         # Added parameters come after the host's, so the host's are a prefix of any list the source kept.
         self.has_more = any(key.startswith(ADDED) for key in weights)
 
-    def groups(self, undecayed: Iterable[str]) -> list[list[str]]:
+    def groups(self, no_weight_decay_names: Iterable[str]) -> list[list[str]]:
         """Names in each of the optimiser's groups, as the host's load_optimizer makes them."""
         if len(self.checkpoint["optimizer"]["param_groups"]) == 1:
             return [self.order]
-        undecayed = tuple(undecayed)
+        no_weight_decay_names = tuple(no_weight_decay_names)
         return [
-            [name for name in self.trainable if name.endswith(undecayed)],
-            [name for name in self.trainable if not name.endswith(undecayed)],
+            [name for name in self.trainable if name.endswith(no_weight_decay_names)],
+            [name for name in self.trainable if not name.endswith(no_weight_decay_names)],
         ]
 
     def optimizer(self, fresh: dict[str, Any], groups: list[list[str]], *, keep_rate: bool) -> dict[str, Any]:
@@ -107,15 +107,15 @@ class Source:
 
     def _undecayed(self) -> Iterable[str]:
         """The names that the source run's optimiser did not decay."""
-        legacy = is_one_piece(self.checkpoint) or bool(model_config(self.checkpoint).get("legacy_weight_decay"))
-        return undecayed(self.model, legacy=legacy, self_supervised=is_pretrained(self.checkpoint))
+        legacy = is_legacy(self.checkpoint) or bool(model_config(self.checkpoint).get("legacy_weight_decay"))
+        return no_weight_decay_names(self.model, legacy=legacy, self_supervised=is_pretrained(self.checkpoint))
 
 
 def source_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Weights of a checkpoint by the names DenoisingHydra has for them, in the source's order."""
     weights = {bare(key): value for key, value in checkpoint["state_dict"].items()}
-    if is_one_piece(checkpoint):
-        weights = {twin_key(key): value for key, value in weights.items()}
+    if is_legacy(checkpoint):
+        weights = {hydra_key(key): value for key, value in weights.items()}
     return weights
 
 
@@ -194,5 +194,5 @@ def is_pretrained(checkpoint: Mapping[str, Any]) -> bool:
     return is_self_supervised(config.get("outputs"), config.get("loss_functions"))
 
 
-def is_one_piece(checkpoint: Mapping[str, Any]) -> bool:
+def is_legacy(checkpoint: Mapping[str, Any]) -> bool:
     return not any(bare(key).startswith("backbone.") for key in checkpoint["state_dict"])

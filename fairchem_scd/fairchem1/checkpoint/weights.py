@@ -11,7 +11,7 @@ from torch import Tensor
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.checkpoint.source import check_weights, is_pretrained, model_config, source_weights, whole
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
-from fairchem_scd.fairchem1.legacy import modernise
+from fairchem_scd.fairchem1.legacy import to_hydra
 from fairchem_scd.fairchem1.pretraining import freeze
 
 Weights = Literal["ema", "raw"]
@@ -29,7 +29,7 @@ def build(checkpoint: Mapping[str, Any]) -> DenoisingHydra:
         ConfigError: its backbone has no adapter, its config cannot be built, or what it was fine-tuned from is gone.
     """
     found, overrides = whole(model_config(checkpoint))
-    block, _ = modernise(found)
+    block, _ = to_hydra(found)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

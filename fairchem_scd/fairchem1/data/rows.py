@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from fairchem_scd.denoising.structures import identities, structures_of
-from fairchem_scd.denoising.tasks import Task
+from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.errors import ConfigError, DataError
 from fairchem_scd.fairchem1.backbones import adapter_for
 
 
-def check_sample(split: str, tasks: Mapping[str, Task], rows: Sequence[Any]) -> None:
+def check_sample(split: str, tasks: Mapping[str, DenoisingTask], rows: Sequence[Any]) -> None:
     """Check that the tasks can train on a sample of the data.
 
     Args:
@@ -55,7 +55,7 @@ def check_periodicity(split: str, rows: Sequence[Any]) -> None:
         )
 
 
-def labels_needed(tasks: Mapping[str, Task], outputs: Collection[str]) -> dict[str, str]:
+def labels_needed(tasks: Mapping[str, DenoisingTask], outputs: Collection[str]) -> dict[str, str]:
     """For each label that is trained on or told, what asks for it; what else the data holds is not looked at."""
     needed = {label: f"task.denoising.{task.name}" for task in tasks.values() for label in task.labels}
     return {**{name: f"outputs.{name}" for name in outputs}, **needed}
@@ -117,7 +117,7 @@ def neighbours_needed(
         raise
     except Exception as error:  # each backbone has its own
         for names, batch in batches():
-            without, lone = _without_edges(backbone, batch), adapter_for(backbone).lone_structures
+            without, lone = _without_edges(backbone, batch), adapter_for(backbone).runs_lone_structures
             if len(without) == len(names) or (without and not lone):
                 named = ", ".join(names[i] for i in without[:4]) + (" …" if len(without) > 4 else "")
                 what = f"no batch without any neighbours (here of {len(names)})" if lone else "no structure without any"

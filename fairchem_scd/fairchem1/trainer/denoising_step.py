@@ -12,7 +12,14 @@ from torch import Tensor
 
 from fairchem_scd.denoising.corruption import Corruption
 from fairchem_scd.denoising.plan import Objective, Plan
-from fairchem_scd.fairchem1.trainer.loss_functions import HostLoss, Hybrid, LeftOut, Noted, Parts, Ranks
+from fairchem_scd.fairchem1.trainer.loss_functions import (
+    HostLoss,
+    Hybrid,
+    LossTerms,
+    Ranks,
+    RecordedLoss,
+    UncorruptedOnly,
+)
 
 
 @dataclass
@@ -49,7 +56,7 @@ class Step:
         return batch
 
     def loss_functions(
-        self, functions: Sequence[tuple[str, dict[str, Any]]], natoms: Tensor, ranks: Ranks, parts: Parts
+        self, functions: Sequence[tuple[str, dict[str, Any]]], natoms: Tensor, ranks: Ranks, parts: LossTerms
     ) -> list[tuple[str, dict[str, Any]]]:
         """Stand-ins for the config's loss functions, in their order.
 
@@ -67,11 +74,11 @@ class Step:
             else:
                 fn = info["fn"] if self._trains(target) else self._left_out(target, info["fn"], natoms, ranks)
                 label = "force" if target == "forces" else target  # as DeNS has it
-                fn = Noted(fn, info["coefficient"], parts, f"denoising_{label}_loss")
+                fn = RecordedLoss(fn, info["coefficient"], parts, f"denoising_{label}_loss")
             stand_ins.append((target, {"fn": fn, "coefficient": 1}))
         return stand_ins
 
-    def noise_term(self, fn: HostLoss, ranks: Ranks, parts: Parts) -> Tensor:
+    def noise_term(self, fn: HostLoss, ranks: Ranks, parts: LossTerms) -> Tensor:
         """The noise as a term of its own, a mean over the corrupted atoms of all ranks."""
         rows = self.corruption.mask.nonzero()[:, 0]
         items = fn.loss_fn(self.noise[rows.to(self.noise.device)], self._noise_target(rows), None)
@@ -118,7 +125,7 @@ class Step:
     def _noise_target(self, rows: Tensor) -> Tensor:
         return self.corruption.noise[rows].to(self.noise.device) / self.objective.scale
 
-    def _hybrid(self, info: Mapping[str, Any], noise_coefficient: float, ranks: Ranks, parts: Parts) -> Hybrid:
+    def _hybrid(self, info: Mapping[str, Any], noise_coefficient: float, ranks: Ranks, parts: LossTerms) -> Hybrid:
         rows = self._trained_rows("forces")
         return Hybrid(
             info["fn"],
@@ -131,9 +138,9 @@ class Step:
             corrupted=self.corruption.mask[rows, None].to(self.noise.device),
         )
 
-    def _left_out(self, target: str, fn: HostLoss, natoms: Tensor, ranks: Ranks) -> LeftOut:
+    def _left_out(self, target: str, fn: HostLoss, natoms: Tensor, ranks: Ranks) -> UncorruptedOnly:
         rows = self._trained_rows(target)
         per_atom = self.outputs[target]["level"] == "atom"
         structure = self.corruption.batch[rows] if per_atom else rows
         keep = (~self.corruption.corrupted[structure]).nonzero()[:, 0].to(natoms.device)
-        return LeftOut(fn, ranks, keep, natoms if per_atom else natoms[keep])
+        return UncorruptedOnly(fn, ranks, keep, natoms if per_atom else natoms[keep])

@@ -42,21 +42,21 @@ class Ranks:
         return items.sum() * self.size / max(self.total(items.numel()), 1)
 
 
-class Parts(dict[str, Tensor]):
+class LossTerms(dict[str, Tensor]):
     """The parts of one step's loss, by name, detached."""
 
     def note(self, name: str, value: Tensor) -> None:
         self[name] = self.get(name, 0) + value.detach()
 
 
-class Noted:
+class RecordedLoss:
     """A loss function whose value is noted."""
 
-    def __init__(self, fn: HostLoss, coefficient: float, parts: Parts, name: str) -> None:
+    def __init__(self, fn: HostLoss, coefficient: float, parts: LossTerms, name: str) -> None:
         self.fn, self.coefficient, self.parts, self.name = fn, coefficient, parts, name
 
     @classmethod
-    def of(cls, target: str, info: Mapping[str, Any], parts: Parts) -> tuple[str, dict[str, Any]]:
+    def of(cls, target: str, info: Mapping[str, Any], parts: LossTerms) -> tuple[str, dict[str, Any]]:
         """The entry of the host's list of loss functions, noted."""
         return target, {"fn": cls(info["fn"], info["coefficient"], parts, f"{target}_loss"), "coefficient": 1}
 
@@ -66,7 +66,7 @@ class Noted:
         return loss
 
 
-class LeftOut:
+class UncorruptedOnly:
     """A loss function over the rows of `keep` alone: structures, or their atoms, that were not corrupted.
 
     Args:
@@ -101,7 +101,7 @@ class Hybrid:
         self,
         fn: HostLoss,
         ranks: Ranks,
-        parts: Parts,
+        parts: LossTerms,
         *,
         force_coefficient: float,
         noise_coefficient: float,

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fairchem_scd.denoising.plan import NOISE, VALIDATION, Plan
 from fairchem_scd.denoising.structures import structures_of
-from fairchem_scd.denoising.tasks import Task, TaskDraw, build_tasks
+from fairchem_scd.denoising.tasks import DenoisingTask, TaskDraw, build_tasks
 from fairchem_scd.errors import ConfigError, DataError
 from fairchem_scd.fairchem1 import checkpoint as checkpoints
 from fairchem_scd.fairchem1 import pretraining
@@ -39,10 +39,10 @@ from fairchem_scd.fairchem1.data.guarded import Guarded, check_row
 from fairchem_scd.fairchem1.data.numbered import Numbered, named
 from fairchem_scd.fairchem1.data.sources import check_source
 from fairchem_scd.fairchem1.dens_aliases import denoising_block
-from fairchem_scd.fairchem1.hydra import handed, view_of
-from fairchem_scd.fairchem1.legacy import modernise
+from fairchem_scd.fairchem1.hydra import view_of, with_plan
+from fairchem_scd.fairchem1.legacy import to_hydra
 from fairchem_scd.fairchem1.trainer.denoising_step import Step
-from fairchem_scd.fairchem1.trainer.loss_functions import Noted, Parts, Ranks
+from fairchem_scd.fairchem1.trainer.loss_functions import LossTerms, Ranks, RecordedLoss
 from fairchem_scd.fairchem1.trainer.resume import ResumableMixin
 
 
@@ -57,7 +57,7 @@ class DenoisingMixin(ResumableMixin):
         if config.get("gp_gpus"):
             raise ConfigError("--gp-gpus: denoising does not run with graph parallelism; leave it out")
         task, optim = config["task"] or {}, config["optimizer"] or {}
-        model, dens = modernise(config["model"])
+        model, dens = to_hydra(config["model"])
         block = denoising_block(task, optim, dens)
         self.self_supervised = pretraining.is_self_supervised(config["outputs"], config["loss_functions"])
         self.tasks, self.denoising = build_tasks(block, supervised=not self.self_supervised)
@@ -77,7 +77,7 @@ class DenoisingMixin(ResumableMixin):
         if self.self_supervised:
             pretraining.prepare(config)
         self._step: Step | None = None
-        self._parts = Parts()
+        self._parts = LossTerms()
         self._validating = False
         self._inference_only = config.get("inference_only", False)
         self._left_out = self._bad_rows = 0
@@ -160,7 +160,7 @@ class DenoisingMixin(ResumableMixin):
         if split == "val":
             batch_size = self.config["optim"].get("eval_batch_size", batch_size)
         alone = "with optim.batch_size: 1 nothing else does" if batch_size == 1 else ""
-        if not adapter.lone_structures:
+        if not adapter.runs_lone_structures:
             alone = f"{adapter.names[0]} runs no structure without any"
         return partial(
             check_row,
@@ -251,7 +251,7 @@ class DenoisingMixin(ResumableMixin):
         self._scale_before = None
 
     def _forward(self, batch: Any) -> dict[str, Tensor]:
-        self._step, self._parts, self._scale_before = None, Parts(), None
+        self._step, self._parts, self._scale_before = None, LossTerms(), None
         # Prediction never corrupts; validation does where there is nothing else to judge by.
         if self.model.training:
             self._note_bad_data(batch)
@@ -267,7 +267,7 @@ class DenoisingMixin(ResumableMixin):
         with data_rows.neighbours_needed(self._unwrapped_model.backbone, partial(self._views, batch), sizes):
             if self._step is None:
                 return super()._forward(batch)
-            with handed(self.model, self._step.plan) as returned:
+            with with_plan(self.model, self._step.plan) as returned:
                 out = super()._forward(batch)
         self._step.noise = returned[NOISE].float()
         return out
@@ -277,10 +277,10 @@ class DenoisingMixin(ResumableMixin):
         names = data_rows.names_of(batch)
         yield names, batch
         for run in self._step.plan.passes if self._step is not None else ():
-            if run.part is not None:
-                yield [names[i] for i in run.part.structures.tolist()], view_of(batch, run)
+            if run.subset is not None:
+                yield [names[i] for i in run.subset.structures.tolist()], view_of(batch, run)
 
-    def _begin(self, batch: Any, task: Task | None, seed: int, step: int) -> Step | None:
+    def _begin(self, batch: Any, task: DenoisingTask | None, seed: int, step: int) -> Step | None:
         """Corrupt the batch for a task, all on the CPU, before anything is moved to the device."""
         if task is None:
             return None
@@ -309,7 +309,7 @@ class DenoisingMixin(ResumableMixin):
             return super()._compute_loss(out, batch)
         ranks = Ranks(distutils.get_world_size(), partial(distutils.all_reduce, device=self.device))
         if step is None or step.objective.clean:
-            self.loss_functions = [Noted.of(target, info, self._parts) for target, info in host_functions]
+            self.loss_functions = [RecordedLoss.of(target, info, self._parts) for target, info in host_functions]
         else:
             batch = step.trained(batch)
             self.loss_functions = step.loss_functions(host_functions, batch.natoms, ranks, self._parts)
