@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.common import BACKBONES, SCALAR_BACKBONES, hydra
 from fairchem.core.common.utils import setup_imports
 
 import fairchem_scd
+from benchmarks.common import BACKBONES, SCALAR_BACKBONES, hydra
 from fairchem_scd.testing import make_trainer, self_supervised, training_config
 
 STEPS = 20

@@ -123,7 +123,7 @@ def _build(backbone: str, layers: int, folder: str, options: argparse.Namespace)
         variants += _scd(backbone, model, trainer)
     if "noisy_nodes" in options.tasks:
         noisy = trainer(DENOISING, denoising={"noisy_nodes": {}})
-        variants.append(Variant("noisy nodes", noisy, select=_next_step(noisy, drawn=True)))
+        variants.append(Variant("noisy nodes", noisy, select=next_step(noisy, drawn=True)))
     batch = next(iter(plain.train_loader))
     with torch.no_grad():
         graph = plain.model.backbone.generate_graph(batch.clone().to(plain.device))
@@ -136,34 +136,39 @@ def _dens(
     backbone: str, model: dict[str, Any], optim: dict[str, Any], trainer: Callable[..., Any]
 ) -> Iterator[Variant]:
     denoising = trainer(DENOISING, denoising={"dens": {"prob": 0.5, **DENS}})
-    yield Variant("DeNS, ordinary step", denoising, select=_next_step(denoising, drawn=False))
-    yield Variant("DeNS, denoising step", denoising, select=_next_step(denoising, drawn=True))
+    yield Variant("DeNS, ordinary step", denoising, select=next_step(denoising, drawn=False))
+    yield Variant("DeNS, denoising step", denoising, select=next_step(denoising, drawn=True))
     if backbone == "equiformer_v2":
-        own_model = {
-            **model,
-            "backbone": {**model["backbone"], "model": "equiformer_v2_dens_backbone"},
-            "heads": {"energy": {"module": "eqV2_DeNS_scalar_head"}, "forces": {"module": "eqV2_DeNS_vector_head"}},
-        }
-        own_optim = {
-            **optim,
-            "use_denoising_pos": True,
-            "denoising_pos_params": {
-                "prob": 0.5,
-                "fixed_noise_std": True,
-                "std": DENS["std"],
-                "corrupt_ratio": DENS["corrupt_ratio"],
-            },
-            "denoising_pos_coefficient": DENS["coefficient"],
-        }
-        own = trainer("equiformerv2_dens", own_model, own_optim)
+        own = trainer("equiformerv2_dens", *host_dens(model, optim))
         yield Variant("host's own DeNS, ordinary step", own)
-        yield Variant("host's own DeNS, denoising step", own, prepare=_host_corruption)
+        yield Variant("host's own DeNS, denoising step", own, prepare=host_corruption)
+
+
+def host_dens(model: dict[str, Any], optim: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The `model:` and `optim:` blocks of the host's own DeNS, for those of a plain EquiformerV2."""
+    own_model = {
+        **model,
+        "backbone": {**model["backbone"], "model": "equiformer_v2_dens_backbone"},
+        "heads": {"energy": {"module": "eqV2_DeNS_scalar_head"}, "forces": {"module": "eqV2_DeNS_vector_head"}},
+    }
+    own_optim = {
+        **optim,
+        "use_denoising_pos": True,
+        "denoising_pos_params": {
+            "prob": 0.5,
+            "fixed_noise_std": True,
+            "std": DENS["std"],
+            "corrupt_ratio": DENS["corrupt_ratio"],
+        },
+        "denoising_pos_coefficient": DENS["coefficient"],
+    }
+    return own_model, own_optim
 
 
 def _scd(backbone: str, model: dict[str, Any], trainer: Callable[..., Any]) -> Iterator[Variant]:
     def variant(name: str, model: dict[str, Any] = model, supervised: bool = True, **settings: Any) -> Variant:
         made = trainer(DENOISING, model, denoising={"scd": {"prob": 1.0, **settings}}, supervised=supervised)
-        return Variant(name, made, select=_next_step(made, drawn=True))
+        return Variant(name, made, select=next_step(made, drawn=True))
 
     yield variant("SCD, auxiliary")
     yield variant("SCD, pre-training", supervised=False)
@@ -173,7 +178,7 @@ def _scd(backbone: str, model: dict[str, Any], trainer: Callable[..., Any]) -> I
         yield variant(_CHECKPOINTED, checkpointed)
 
 
-def _next_step(trainer: Any, drawn: bool) -> Callable[[], None]:
+def next_step(trainer: Any, drawn: bool) -> Callable[[], None]:
     """Move the trainer to its next step whose draw is, or is not, a denoising task."""
 
     def move() -> None:
@@ -184,7 +189,7 @@ def _next_step(trainer: Any, drawn: bool) -> Callable[[], None]:
     return move
 
 
-def _host_corruption(batch: Any) -> Any:
+def host_corruption(batch: Any) -> Any:
     # The host's loop does this before the forward, with the settings of DENS.
     from fairchem.core.models.equiformer_v2.trainers.dens_trainer import add_gaussian_noise_to_position
 
@@ -216,8 +221,8 @@ def note_memory(variants: list[Variant], batch: Any, settle: bool = True) -> Non
     for variant in variants:
         if settle and not any(trainer is variant.trainer for trainer in known):
             known.append(variant.trainer)
-            _memory(variant, batch)
-        variant.memory = _memory(variant, batch)
+            memory_of(variant, batch)
+        variant.memory = memory_of(variant, batch)
 
 
 def _timed(variant: Variant, batch: Any, now: Callable[[], float]) -> float:
@@ -251,7 +256,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _memory(variant: Variant, batch: Any) -> float:
+def memory_of(variant: Variant, batch: Any) -> float:
     """Most bytes one step holds: what the trainer keeps between steps, and the growth over a step."""
     trainer = variant.trainer
     variant.select()
