@@ -1,7 +1,7 @@
 """Corruption of structures: which atoms move, and how far. Pure functions on CPU tensors.
 
-Random numbers come from a counter-based generator keyed by (seed, step, structure), so a structure gets the same noise
-whatever rank it lands on, whatever ran before, and after a restart.
+Random numbers come from a counter-based generator keyed by (seed, step, structure). So a structure gets the same noise
+on any rank, after a restart, and whatever ran before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Corruption:
     Attributes:
         noise: [N, 3] displacement ε in Å; zero where `mask` is False.
         mask: [N] bool, the atoms that moved.
-        sigma: [B] standard deviation in Å the structure's noise was drawn with; zero for structures left alone.
+        sigma: [B] standard deviation in Å that the structure's noise was drawn with; zero for structures left alone.
         batch: [N] the structure of each atom.
     """
 
@@ -36,10 +36,6 @@ class Corruption:
     def corrupted(self) -> Tensor:
         """[B] bool, the structures of which any atom moved."""
         return self.sigma > 0
-
-    def to(self, device: torch.device) -> Corruption:
-        """The same corruption on another device."""
-        return Corruption(*(t.to(device, non_blocking=True) for t in (self.noise, self.mask, self.sigma, self.batch)))
 
 
 def corrupt(
@@ -66,15 +62,15 @@ def corrupt(
         excluded: [B] bool, structures to leave alone.
         max_ratio: leave a structure alone if more than this share of its atoms would move.
 
-    Where every atom of a structure moved, the mean displacement is removed: no translation-invariant model could
-    know it. A structure of one atom then has nothing to denoise and is left alone.
+    Where every atom of a structure moved, the mean displacement is removed, since no translation-invariant model can
+    predict it. A structure of one atom then has nothing to denoise, and is left alone.
     """
     counts = natoms.tolist()
     batch = torch.repeat_interleave(torch.arange(len(counts)), natoms)
     noise, mask, sigma = [], [], []
     for n, name in zip(counts, ids, strict=True):
         rng = stream(seed, step, name)
-        # Always all three draws, in this order: a setting that changes one leaves the others as they were.
+        # Always all three draws, in this order: then a setting that is used for one of them does not change the others.
         sigma.append(sigmas[int(rng.random() * len(sigmas))])
         mask.append(rng.random(n) < (1.0 if ratio is None else ratio))
         noise.append(rng.standard_normal((n, 3), dtype=np.float32))

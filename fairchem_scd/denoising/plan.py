@@ -1,4 +1,4 @@
-"""What a denoising step asks of the model: passes over views of the batch, and what they train."""
+"""What a denoising step asks of the model, as plain data: passes over views of the batch, and what they train."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ NOISE = "denoising_noise"
 """Key of the predicted noise, [N, 3] in units of the objective's `scale`, among the model's outputs."""
 
 VALIDATION = -1
-"""The step of validation: its noise is that of no training step, and the same in every epoch and run."""
+"""The step number of validation. No training step has it: validation has noise of its own, the same in every epoch."""
 
 
 @dataclass(frozen=True)
 class AtomSubset:
-    """Some of a batch's atoms, as a batch of their own with n atoms in the b structures that have any.
+    """Some of a batch's atoms, as a batch of its own: n atoms, in the b structures that have at least one of them.
 
     Attributes:
         atoms: [n] row numbers in the whole batch.
         structures: [b] their structures' numbers in the whole batch.
-        natoms: [b].
-        batch: [n] numbers of their structures among the b.
+        natoms: [b] atoms of each.
+        batch: [n] the structure of each atom, as a number among the b.
     """
 
     atoms: Tensor
@@ -33,7 +33,7 @@ class AtomSubset:
 
     @classmethod
     def of(cls, natoms: Tensor, chosen: Tensor) -> AtomSubset:
-        """The part of the `chosen` [N] atoms of structures with `natoms` [B] atoms."""
+        """The subset of the `chosen` [N] (bool) atoms of structures with `natoms` [B] atoms."""
         batch = torch.repeat_interleave(torch.arange(len(natoms)), natoms)
         structures, index, counts = batch[chosen].unique_consecutive(return_inverse=True, return_counts=True)
         return cls(chosen.nonzero()[:, 0], structures, counts, index)
@@ -45,12 +45,14 @@ class Pass:
 
     Attributes:
         pos: [N, 3] positions of this view, Å.
-        part: the atoms that this view has; None: all. A pass that runs the user's heads has all.
-        encoding: arguments for the task's `encoding` module, whose result joins the node embedding; None: no condition.
-        told: [B] bool, the structures whose blocks are told their embedding of the latest pass that embeds; None: no
-            condition.
+        subset: the atoms that this view has, as a graph of its own; None: all atoms. A pass that runs the user's heads
+            has all atoms.
+        encoding: arguments of the task's `encoding` module. Its result is added to the node embedding before the first
+            block; None: nothing is added.
+        conditioned: [B] bool, the structures whose blocks are told an embedding: the one that the latest pass with
+            `embed` made of them. None: the pass has no condition.
         outputs: run the user's own heads.
-        embed: embed the structures, with the task's `condition_head`.
+        embed: make the embedding of each structure that later passes can be conditioned on.
         noise: run the noise head.
         detach_embedding: no gradient through the embedding into this pass.
     """
@@ -98,11 +100,11 @@ class Objective:
 
     Attributes:
         coefficient: weight of the denoising term.
-        scale: Å that one unit of the noise target stands for; None: what the task's `scale` module says.
-        loss: the host's loss function for the noise as a term of its own, beside the ordinary loss. None: the noise
-            takes the place of the forces on corrupted atoms, under the config's own force loss.
-        outputs: outputs, besides forces, that train on corrupted structures; None: all of them.
-        clean: the outputs are of the structures as they are, so they count as in an ordinary step.
+        scale: the unit of the noise target, Å; None: the value of the task's running scale.
+        loss: name of the host's loss function for the noise, which is then a term of its own beside the ordinary loss.
+            None: on corrupted atoms the noise takes the place of the forces, under the config's own force loss.
+        outputs: the outputs, besides forces, that train on corrupted structures; None: all of them.
+        clean: the outputs come from a pass over the structures as they are, so they train as in an ordinary step.
     """
 
     coefficient: float

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are drawn for, and on nothing that ran before."""
+"""Random numbers that depend only on what they are drawn for, not on what ran before."""
 
 from __future__ import annotations
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 class RunningScale(nn.Module):
-    """Root mean square of all noise so far: one scalar, since statistics a component would break equivariance.
+    """Root mean square of all noise so far. One scalar: a statistic per component would break equivariance.
 
-    Kept in the model's buffers, so it is saved and restored with the weights; float32 whatever the autocast.
+    It is kept in buffers, so it is saved and restored with the weights; float32 whatever the autocast.
 
     Args:
-        initial: what it is before any noise was seen, Å.
+        initial: its value before any noise was seen, Å.
     """
 
     mean_square: Tensor
@@ -32,13 +32,13 @@ class RunningScale(nn.Module):
 
     @torch.no_grad()
     def update(self, noise: Tensor, total: Callable[[Tensor], Tensor]) -> None:
-        """Take a batch's noise in, without waiting for the device.
+        """Add a batch's noise to the statistics, without waiting for the device.
 
         Args:
             noise: [n, 3] of the atoms that moved on this rank, Å.
             total: sum of a tensor over the ranks; every rank calls it once.
         """
-        # Sums of squares in double: a rank's share must not depend on how atoms are spread over ranks.
+        # In double precision: the result must not depend on how the atoms are spread over ranks.
         local = torch.stack([noise.double().square().sum(), torch.tensor(float(noise.numel()), dtype=torch.float64)])
         squares, fresh = total(local.to(self.mean_square.device, non_blocking=True))
         self.count += fresh.long()

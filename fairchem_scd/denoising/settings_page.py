@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fairchem_scd.denoising.settings import CellRepeatSettings, DenoisingBlock, DropPathSettings, _Block
-from fairchem_scd.denoising.tasks import task_classes
+from fairchem_scd.denoising.task_registry import own_task_classes
 
 _HEAD = """# Settings
 
@@ -30,9 +30,9 @@ _KINDS = {
 
 
 def blocks() -> dict[str, type[_Block]]:
-    """The settings class of each block, by its key under `task.denoising`; the block's own keys under ''."""
+    """The settings class of each of this package's blocks, by its key under `task.denoising`; own keys under ''."""
     return {
-        **{name: task.Settings for name, task in task_classes().items()},
+        **{name: task.Settings for name, task in own_task_classes().items()},
         "": DenoisingBlock,
         "drop_path": DropPathSettings,
         "repeat_cells": CellRepeatSettings,
@@ -41,10 +41,11 @@ def blocks() -> dict[str, type[_Block]]:
 
 def page() -> str:
     """The page, in Markdown."""
-    return _HEAD + "".join(_section(name, block) for name, block in blocks().items())
+    return _HEAD + "".join(section(name, block) for name, block in blocks().items())
 
 
-def _section(name: str, block: type[_Block]) -> str:
+def section(name: str, block: type[_Block]) -> str:
+    """The table of one block's settings, in Markdown."""
     title = f"`{name}`" if name else "The block itself"
     rows = "\n".join(_rows(block, f"{name}." if name else ""))
     return (

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from fairchem_scd.denoising.passes import frozen_in_pretraining
 from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
@@ -72,12 +73,6 @@ def check_tasks(tasks: Mapping[str, DenoisingTask]) -> None:
 
 
 def freeze(model: DenoisingHydra) -> None:
-    """Freeze what pre-training must not move (SCD, arXiv 2603.17196): element embeddings, mask token, the user's heads.
-
-    Element embeddings would shrink to nothing, and fine-tuning from there blows up; heads have no loss.
-    """
-    frozen = [p for module in model.adapter.element_embeddings() for p in module.parameters()]
-    frozen += [p for module in (model.output_heads, *model.adapter.readout()) for p in module.parameters()]
-    frozen += [p for name, p in model.named_parameters() if name.endswith("condition_head.mask_token")]
-    for parameter in frozen:
+    """Freeze what pre-training must not move: see `frozen_in_pretraining`."""
+    for parameter in frozen_in_pretraining(model):
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What must hold for a backbone with an adapter, as tests: of this package's own backbones, and of anybody's."""
+"""What must hold for a backbone with an adapter and for a task, as tests: of this package's own, and of anybody's."""
 
 from fairchem_scd.testing.backbone_claims import BackboneClaims
 from fairchem_scd.testing.support import (
@@ -18,11 +18,13 @@ from fairchem_scd.testing.support import (
     training_config,
     with_conditioned,
 )
+from fairchem_scd.testing.task_claims import TaskClaims
 
 __all__ = [
     "BOTH",
     "SCD",
     "BackboneClaims",
+    "TaskClaims",
     "collate",
     "crystal",
     "gradients",

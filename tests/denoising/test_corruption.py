@@ -11,22 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairchem_scd.denoising.corruption import corrupt
-from fairchem_scd.denoising.random import stream
-from fairchem_scd.denoising.settings import DensSettings
-from fairchem_scd.denoising.structures import Structures
-from fairchem_scd.denoising.tasks import Dens, NoisyNodes, TaskDraw
-
-
-def structures(natoms, *, fixed=None, **labels):
-    total = sum(natoms)
-    return Structures(
-        ids=[f"{i}/0" for i in range(len(natoms))],
-        natoms=torch.tensor(natoms),
-        pos=torch.zeros(total, 3),
-        fixed=torch.zeros(total, dtype=torch.bool) if fixed is None else fixed,
-        forces=labels.pop("forces", torch.ones(total, 3)),
-        **labels,
-    )
 
 
 def draw(natoms, ids=None, movable=None, **arguments):
@@ -80,17 +64,6 @@ def test_share_of_moved_atoms_is_the_corrupt_ratio(ratio):
     assert abs(float(draw([n], ratio=ratio).mask.double().mean()) - ratio) < 4 * math.sqrt(ratio * (1 - ratio) / n)
 
 
-def test_what_did_not_move_is_not_in_the_mask():
-    """Fixed atoms neither move nor count as corrupted, unlike in the authors' code."""
-    fixed = torch.tensor([True, False] * 20)
-    task = Dens(DensSettings(corrupt_ratio=None))
-    corruption = task.corrupt(structures([20, 20], fixed=fixed), seed=0, step=1)
-    assert torch.equal(corruption.mask, ~fixed)
-    assert torch.equal((corruption.noise != 0).any(dim=1), corruption.mask)
-    everything = Dens(DensSettings(corrupt_ratio=None, all_atoms=True))
-    assert everything.corrupt(structures([20, 20], fixed=fixed), seed=0, step=1).mask.all()
-
-
 def test_mean_displacement_is_removed_where_nothing_anchors_it():
     fixed = torch.zeros(30, dtype=torch.bool)
     fixed[10] = True  # anchors the second structure
@@ -108,78 +81,3 @@ def test_a_single_atom_is_left_alone():
     assert corruption.mask.tolist() == [False, True, True, True]
     assert corruption.corrupted.tolist() == [False, True]
     assert corruption.noise[0].tolist() == [0, 0, 0]
-
-
-def test_schedule_draws_one_sigma_a_structure_evenly_in_log():
-    settings_ = DensSettings(num_steps=4, std_low=0.01, std_high=0.08)
-    np.testing.assert_allclose(settings_.schedule, [0.01, 0.02, 0.04, 0.08])
-    corruption = Dens(settings_).corrupt(structures([40] * 400), seed=0, step=1)
-    drawn, counts = corruption.sigma.unique(return_counts=True)
-    np.testing.assert_allclose(drawn, [0.01, 0.02, 0.04, 0.08], rtol=1e-6)
-    assert counts.min() > 60
-    for sigma in drawn:
-        moved = corruption.mask & (corruption.sigma[corruption.batch] == sigma)
-        assert abs(float(corruption.noise[moved].std() / sigma) - 1) < 0.05
-    assert Dens(settings_).objective(0).scale == 0.08
-
-
-def test_a_guard_changes_nothing_for_the_structures_it_lets_pass():
-    whole = Dens(DensSettings()).corrupt(structures([6, 12]), seed=0, step=1)
-    guarded = Dens(DensSettings(min_num_atoms=10)).corrupt(structures([6, 12]), seed=0, step=1)
-    assert not guarded.mask[:6].any()
-    assert torch.equal(guarded.noise[6:], whole.noise[6:])
-    assert guarded.sigma.tolist() == [0.0, pytest.approx(0.1)]
-
-
-@pytest.mark.parametrize(
-    ("guard", "labels"),
-    [
-        ({}, {"md": torch.tensor([True, False])}),
-        ({}, {"skip_dens": torch.tensor([True, False])}),
-        ({"max_force_norm": 2.5}, {"forces": torch.cat([torch.full((8, 3), 2.0), torch.ones(8, 3)])}),
-        ({"max_stress_norm": 0.5}, {"stress": torch.stack([torch.ones(3, 3), torch.zeros(3, 3)])}),
-    ],
-    ids=["md", "skip_dens", "max_force_norm", "max_stress_norm"],
-)
-def test_marks_and_guards_leave_a_structure_alone(guard, labels):
-    corruption = Dens(DensSettings(corrupt_ratio=None, **guard)).corrupt(structures([8, 8], **labels), seed=0, step=1)
-    assert corruption.corrupted.tolist() == [False, True]
-
-
-def test_marks_can_be_ignored():
-    labels = {"md": torch.tensor([True]), "skip_dens": torch.tensor([True])}
-    task = Dens(DensSettings(corrupt_ratio=None, exclude_md=False, honour_skip_dens=False))
-    assert task.corrupt(structures([8], **labels), seed=0, step=1).mask.all()
-
-
-def test_strict_max_ratio_leaves_alone_what_would_move_too_much():
-    natoms = [4] * 500
-    free = Dens(DensSettings(corrupt_ratio=0.5)).corrupt(structures(natoms), seed=0, step=1)
-    strict = Dens(DensSettings(corrupt_ratio=0.5, strict_max_ratio=0.75)).corrupt(structures(natoms), seed=0, step=1)
-    whole = free.mask.view(-1, 4).all(dim=1)
-    assert whole.any()
-    assert torch.equal(strict.corrupted, free.corrupted & ~whole)
-
-
-def test_task_of_a_step_comes_from_seed_and_step_alone():
-    tasks = {"dens": Dens(DensSettings(prob=0.3)), "noisy_nodes": NoisyNodes(NoisyNodes.Settings(prob=0.2))}
-    one, other = TaskDraw(tasks, seed=5), TaskDraw(tasks, seed=5)
-    forward = [one(step) for step in range(200)]
-    backward = [other(step) for step in reversed(range(200))]
-    assert forward == backward[::-1]
-    assert [TaskDraw(tasks, seed=6)(step) for step in range(200)] != forward
-
-
-def test_tasks_take_their_shares_and_exclude_each_other():
-    tasks = {"dens": Dens(DensSettings(prob=0.3)), "noisy_nodes": NoisyNodes(NoisyNodes.Settings(prob=0.2))}
-    n = 6000
-    drawn = [TaskDraw(tasks, seed=1)(step) for step in range(n)]
-    for task, share in ((tasks["dens"], 0.3), (tasks["noisy_nodes"], 0.2), (None, 0.5)):
-        assert abs(drawn.count(task) / n - share) < 4 * math.sqrt(share * (1 - share) / n)
-    assert all(TaskDraw({"dens": Dens(DensSettings(prob=1.0))}, seed=1)(step) is not None for step in range(500))
-    assert all(TaskDraw({"dens": Dens(DensSettings(prob=0.0))}, seed=1)(step) is None for step in range(500))
-
-
-def test_streams_of_different_names_differ_and_repeat():
-    assert stream(0, 0, "a").random() == stream(0, 0, "a").random()
-    assert len({float(stream(0, 0, str(i)).random()) for i in range(1000)}) == 1000

@@ -8,7 +8,6 @@ import pytest
 import torch
 from fairchem.core.models.base import HydraModel
 
-from fairchem_scd.denoising.corruption import Corruption
 from fairchem_scd.denoising.plan import NOISE, Plan
 from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.denoising.tasks import build_tasks
@@ -131,8 +130,3 @@ def test_a_pass_takes_its_hooks_away_with_it_even_when_it_fails(rows):
     with pytest.raises((AssertionError, IndexError)):
         model(broken, plan)
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
-
-
-def test_corruption_moves_to_a_device_whole():
-    corruption = Corruption(torch.zeros(2, 3), torch.ones(2, dtype=torch.bool), torch.ones(1), torch.zeros(2).long())
-    assert corruption.to(torch.device("meta")).noise.is_meta

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone
 from fairchem.core.models.escn.escn import eSCN
-from torch import nn
-from torch.nn import functional
 
-from fairchem_scd.denoising.conditions import ConditionHead, Modulation
+from fairchem_scd.denoising.conditions import ConditionHead
 from fairchem_scd.denoising.plan import NOISE, VALIDATION, Pass, Plan
-from fairchem_scd.denoising.running_scale import RunningScale
 from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.denoising.tasks import build_tasks
 from fairchem_scd.errors import ConfigError
@@ -108,15 +104,6 @@ def test_each_structure_of_a_batch_is_told_or_not_for_itself(rows):
     torch.testing.assert_close(mixed[:n], both[:n], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(mixed[n:], none[n:], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(mixed[:n], none[:n], rtol=1e-2)
-
-
-def test_drops_are_drawn_for_each_structure_and_never_in_validation(rows):
-    batch = collate(rows[:4])
-    shares = [plan_of(batch, step=step)[0].passes[-1].conditioned.float().mean() for step in range(1, 301)]
-    assert 0.75 < float(torch.stack(shares).mean()) < 0.85  # 1200 draws at 0.8: five standard deviations are 0.058
-    assert plan_of(batch, step=VALIDATION)[0].passes[-1].conditioned.all()
-    alone = [bool(plan_of(collate([row]), step=5)[0].passes[-1].conditioned) for row in rows[:4]]
-    assert alone == plan_of(batch, step=5)[0].passes[-1].conditioned.tolist()
 
 
 def test_a_pass_takes_its_hooks_away_with_it_even_when_it_fails(rows):
@@ -400,124 +387,13 @@ def test_a_mask_token_stands_for_the_condition_in_every_pass(name, options, rows
     assert not torch.allclose(run(model, batch, with_conditioned(plan, False))[NOISE], dropped, rtol=1e-3)
 
 
-def test_modulation_by_hand():
-    """Both forms written out for single numbers, in double precision."""
-    torch.manual_seed(0)
-    x, c = torch.randn(5, 6), torch.randn(5, 6)
-    heard = torch.tensor([True, True, False, True, False])
-    for null in ("identity", "mask_token"):
-        modulation = Modulation(6, 1, null=null, gate_bound=0.5 if null == "identity" else 1.0)
-        block = modulation.blocks[0]
-        nn.init.normal_(block.mlp[-1].weight)
-        modulation = modulation.bind(c, heard)
-        out, update = modulation.scalars(0, x), modulation.update(0, torch.ones_like(x))
-        shift, scale, gate = block.mlp(torch.cat([c, functional.layer_norm(x, (6,))], dim=1)).chunk(3, dim=1)
-        for i in range(5):
-            for j in range(6):
-                x_, shift_, scale_, gate_ = (float(t[i, j]) for t in (x, shift, scale, gate))
-                a, alpha = 0.2, 0.2
-                if null == "mask_token":
-                    expected = math.tanh(a * x_) * (1 + scale_) / a + shift_, math.tanh(alpha * gate_)
-                elif heard[i]:
-                    expected = x_ * (1 + scale_) + shift_, 1 + 0.5 * math.tanh(alpha * gate_)
-                else:
-                    expected = x_, 1.0
-                assert float(out[i, j]) == pytest.approx(expected[0], rel=1e-4, abs=1e-5)
-                assert float(update[i, j]) == pytest.approx(expected[1], rel=1e-4, abs=1e-5)
-
-
-def test_condition_head_by_hand():
-    torch.manual_seed(0)
-    x, batch = torch.randn(5, 6), torch.tensor([0, 0, 0, 2, 2])
-    for pool in ("sum", "mean"):
-        head = ConditionHead(6, pool=pool, clamp=0.5, mask_token=True)
-        atoms = torch.stack([head.atoms(row[None])[0] for row in x])
-        pooled = [atoms[:3].sum(0), torch.zeros(6), atoms[3:].sum(0)]
-        if pool == "mean":
-            pooled = [pooled[0] / 3, pooled[1], pooled[2] / 2]
-        expected = torch.stack([head.structure(row[None])[0] for row in pooled])
-        embedding = head(x, batch, 3)
-        torch.testing.assert_close(embedding, expected)
-        conditioned = torch.tensor([True, False, False])
-        raw = torch.stack([expected[0], head.mask_token, head.mask_token])
-        wanted = functional.layer_norm(raw, (6,)).clamp(-0.5, 0.5)
-        torch.testing.assert_close(head.condition(embedding, conditioned), wanted)
-
-
-def test_statistics_are_float32_under_autocast():
-    head, modulation = ConditionHead(8), Modulation(8, 1)
-    x = torch.randn(4, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        embedding = head(x, torch.tensor([0, 0, 1, 1]), 2)
-        condition = head.condition(embedding, torch.tensor([True, True]))
-        modulation = modulation.bind(condition.repeat(2, 1), torch.ones(4, dtype=torch.bool))
-        assert modulation.scalars(0, x.bfloat16()).dtype == torch.bfloat16
-        assert modulation.update(0, x.bfloat16()).dtype == torch.bfloat16
-    assert embedding.dtype == condition.dtype == torch.float32
-
-
-def test_running_scale_is_the_root_mean_square_of_all_noise_so_far():
-    generator = torch.Generator().manual_seed(0)
-    batches = [0.04 * torch.randn(n, 3, generator=generator) for n in (7, 0, 100, 1)]
-    scale = RunningScale(initial=0.1)
-    assert float(scale.scale) == pytest.approx(0.1)
-    scale.update(batches[1], lambda x: x)
-    assert float(scale.scale) == pytest.approx(0.1), "nothing seen, nothing changed"
-    for noise in batches:
-        scale.update(noise, lambda x: x)
-    together = torch.cat(batches)
-    assert float(scale.scale) == pytest.approx(float(together.square().mean().sqrt()), rel=1e-6)
-    assert int(scale.count) == together.numel()
-    again = RunningScale(initial=0.1)
-    again.load_state_dict(scale.state_dict())
-    assert torch.equal(again.scale, scale.scale)
-
-
 # --- settings and adapters -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"condition": ["selff"]}, "task.denoising.scd.condition"),
-        ({"embed_tags": []}, "task.denoising.scd.embed_tags"),
-        ({"condition": ["forces"], "embed_tags": [2]}, "embed_tags: of the embedding.* does not name 'self'"),
-        ({"condition": [], "std_reg": 0.1, "pool": "mean"}, "std_reg, pool: of the embedding.* does not name 'self'"),
-        ({"null_condition": "mask_token", "gate_bound": 0.5}, "gate_bound belongs to null_condition: identity"),
-        ({"noise_scale": "std", "num_steps": 3, "std_low": 0.01, "std_high": 0.1}, "needs one σ"),
-        ({"std": 0.1, "num_steps": 3, "std_low": 0.01, "std_high": 0.1}, "exclude each other"),
-        ({"gate_bound": 2}, "task.denoising.scd.gate_bound"),
-        ({"pool": "max"}, "task.denoising.scd.pool"),
-    ],
-)
-def test_settings_that_do_not_agree_end_in_one_error(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        build_tasks({"scd": settings})
-
-
-def test_defaults_are_the_papers_and_what_it_does_not_give_depends_on_other_losses():
-    settings = build_tasks({"scd": {}})[0]["scd"].settings
-    assert (settings.std, settings.condition_drop, settings.clamp, settings.pool) == (0.04, 0.2, 1000, "sum")
-    assert settings.loss == "mse"
-    beside, alone = task_of().objective(0), task_of(supervised=False).objective(0)
-    assert (beside.coefficient, alone.coefficient, beside.scale, alone.scale) == (10, 1, 0.04, 0.04)
-    assert task_of(coefficient=3).objective(0).coefficient == 3
-
-
-def test_noise_on_the_clean_view_is_the_papers_in_pre_training_and_none_beside_labels(rows):
-    batch = collate(rows[:4])
-    clean = {supervised: plan_of(batch, supervised)[0].passes[0].pos for supervised in (True, False)}
-    assert torch.equal(clean[True], batch.pos)
-    moved = (clean[False] - batch.pos)[batch.fixed == 0]
-    assert 0.004 < float(moved.std()) < 0.006
-    assert torch.equal(clean[False][batch.fixed == 1], batch.pos[batch.fixed == 1])
-    with pytest.raises(ConfigError, match="std_reg"):
-        task_of(std_reg=0.005).check({"energy"}, {"energy"})
 
 
 def test_a_backbone_whose_adapter_cannot_modulate_is_refused_by_name():
     from fairchem_scd import DenoisingHydra
-    from fairchem_scd.fairchem1.backbones import _ADAPTERS, Adapter, ESCNAdapter, register_adapter
+    from fairchem_scd.denoising.adapter import _ADAPTERS
+    from fairchem_scd.fairchem1.backbones import Adapter, ESCNAdapter, register_adapter
     from tests.support import hydra_arguments
 
     class Bare(Adapter):

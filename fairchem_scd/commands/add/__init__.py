@@ -6,9 +6,11 @@ from typing import Any
 
 import click
 
+from fairchem_scd.denoising.task_registry import task_names
+
 
 @click.command("add")
-@click.argument("task", type=click.Choice(["dens", "scd", "noisy_nodes"]))
+@click.argument("task", type=click.Choice(task_names()))
 @click.argument("config", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option(
@@ -28,6 +30,7 @@ def command(task: str, config: str, out: str, pairs: tuple[str, ...], dry_run: b
     dens          tells the model the forces of a structure that it corrupts (needs forces)
     scd           tells it its own embedding of the structure instead (needs no labels)
     noisy_nodes   denoising without a condition, in every step
+    Others are of installed packages (docs/adding-a-task.md).
 
     The trainer's name is replaced by that of its denoising twin, and the task's settings are added under
     task.denoising. All else stays as it stands, comments included; included files are named from OUT's folder. Paths of

@@ -17,12 +17,11 @@ from tqdm import tqdm
 
 from fairchem_scd.commands.embed.table import Embeddings
 from fairchem_scd.denoising.hooks import hooked
+from fairchem_scd.denoising.passes import embedding_task
 from fairchem_scd.denoising.structures import identities
-from fairchem_scd.denoising.tasks import build_tasks
 from fairchem_scd.errors import ConfigError, DataError
 from fairchem_scd.fairchem1.backbones import Adapter, adapter_for
 from fairchem_scd.fairchem1.checkpoint import build, inference_weights, read
-from fairchem_scd.fairchem1.checkpoint.source import model_config
 from fairchem_scd.fairchem1.data.rows import check_batch, neighbours_needed
 from fairchem_scd.fairchem1.data.split import read_row
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
@@ -75,21 +74,22 @@ def embed(
     source = read(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
     model = load_model(source, weights)
     device = _device(device)
-    has_condition = any("condition_head" in modules for modules in model.denoising.values())
+    task = embedding_task(model)
+    has_condition = task is not None
     if kind in ("condition", "both") and not has_condition:
         raise ConfigError(
             "the checkpoint makes no condition c: it was not trained with task.denoising.scd; its features are there"
         )
     conditioned = kind in ("condition", "both") or (kind == "auto" and has_condition)
-    tags = _embedded_tags(source) if conditioned else None
-    run = _Run(model.to(device), device, condition=conditioned, tags=tags)
+    of_subset = conditioned and task.embeds_subset
+    run = _Run(model.to(device), device, condition=conditioned, of_subset=of_subset)
     size = len(dataset) if limit is None else min(limit, len(dataset))
     if size == 0:
         raise ConfigError("there are no structures to embed")
 
     records = []
     with tqdm(total=size, desc="embedding", unit=" structures", disable=not progress) as bar:
-        for rows in _batches(dataset, size, batch_size if tags is None else 1):
+        for rows in _batches(dataset, size, 1 if of_subset else batch_size):
             for row, scalars, c in run(rows):
                 made = {} if c is None else {"condition": c}
                 if kind != "condition":
@@ -123,13 +123,6 @@ def load_model(checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"] | N
     return model.requires_grad_(False).eval()
 
 
-def _embedded_tags(checkpoint: Mapping[str, Any]) -> frozenset[int] | None:
-    """The tags of the part that c is of; None: it is of the whole structure."""
-    tasks, _ = build_tasks(model_config(checkpoint).get("denoising"))
-    found = (getattr(task.settings, "embed_tags", None) for task in tasks.values())
-    return next((tags for tags in found if tags is not None), None)
-
-
 def _with_model_block(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     config = checkpoint["config"]
     if not isinstance(config.get("model"), str):
@@ -159,15 +152,13 @@ def _batches(dataset: Any, size: int, batch_size: int) -> Iterator[list[Any]]:
 class _Run:
     """The model over one batch of rows after the other."""
 
-    def __init__(
-        self, model: DenoisingHydra, device: torch.device, *, condition: bool, tags: frozenset[int] | None
-    ) -> None:
-        self.model, self.device, self.condition, self.tags = model, device, condition, tags
+    def __init__(self, model: DenoisingHydra, device: torch.device, *, condition: bool, of_subset: bool) -> None:
+        self.model, self.device, self.condition = model, device, condition
         self.adapter: Adapter = adapter_for(model.backbone)
         self.elements = self.adapter.max_num_elements
         # A graph for each structure by itself: in one of several, max_neighbors chooses otherwise among neighbours at
         # equal distances. What the host takes structures out of for that is not a batch of parts.
-        model.backbone.use_pbc_single = tags is None
+        model.backbone.use_pbc_single = not of_subset
 
     def __call__(self, rows: Sequence[Any]) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
         """Each row with the features [n, C] of its n atoms and its c [C]; float32, on the CPU."""

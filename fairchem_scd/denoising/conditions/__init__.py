@@ -2,6 +2,6 @@
 
 from fairchem_scd.denoising.conditions.force import ForceEncoding
 from fairchem_scd.denoising.conditions.modulation import BoundModulation, Modulation
-from fairchem_scd.denoising.conditions.self_condition import ConditionHead
+from fairchem_scd.denoising.conditions.self_condition import ConditionHead, SelfCondition
 
-__all__ = ["BoundModulation", "ConditionHead", "ForceEncoding", "Modulation"]
+__all__ = ["BoundModulation", "ConditionHead", "ForceEncoding", "Modulation", "SelfCondition"]

@@ -47,7 +47,7 @@ class ForceEncoding(nn.Module):
 
         Args:
             forces: [N, 3] forces of the original structure, eV/Å.
-            mask: [N] bool, atoms whose force is told.
+            mask: [N] bool, the atoms whose force is encoded.
             sigma: [N] standard deviation of the noise in each atom's structure, Å; zero where nothing moved.
 
         Returns:
@@ -64,6 +64,5 @@ class ForceEncoding(nn.Module):
                 y = y * (forces.norm(dim=-1, keepdim=True) / math.sqrt(3.0)) * mask[:, None]
                 encoding = y[:, self.harmonic, None] * self.force_weight[self.degree]
             if self.sigma_weight is not None:
-                conditioned = sigma.float()[:, None, None] * self.sigma_weight
-                encoding = encoding.index_add(1, self.scalars, conditioned)
+                encoding = encoding.index_add(1, self.scalars, sigma.float()[:, None, None] * self.sigma_weight)
             return encoding

@@ -10,12 +10,12 @@ from torch.nn import functional
 
 
 class Modulation(nn.Module):
-    """Tell the blocks of a backbone a condition, step 4 of SCD (arXiv 2603.17196). One BlockModulation a block.
+    """Tells the blocks of a backbone a condition, step 4 of SCD (arXiv 2603.17196). One BlockModulation per block.
 
     Args:
         channels: number C of l = 0 features.
         blocks: number of blocks.
-        null: what no condition does, see BlockModulation.
+        null: what happens without a condition, see BlockModulation.
         gate_bound: see BlockModulation.
     """
 
@@ -35,13 +35,17 @@ class Modulation(nn.Module):
 
         Args:
             condition: [n, C] of each atom.
-            told: [n] bool, atoms that have one.
+            conditioned: [n] bool, the atoms that have one.
         """
         return BoundModulation(self.blocks, condition, conditioned)
 
 
 class BoundModulation:
-    """A modulation under one pass's condition. A block calls `scalars` on its way in and `update` on its way out."""
+    """A modulation under one pass's condition.
+
+    A block calls `scalars` once on its way in, and then `update` once on its way out: `scalars` computes the factor
+    that `update` takes.
+    """
 
     def __init__(self, blocks: nn.ModuleList, condition: Tensor, conditioned: Tensor) -> None:
         self._blocks, self._condition, self._conditioned = blocks, condition, conditioned
@@ -57,7 +61,7 @@ class BoundModulation:
         return update * self._gates.pop(block).to(update.dtype)
 
     def of(self, rows: Tensor) -> BoundModulation:
-        """The same of [m] rows instead, such as of edges by the numbers of their atoms."""
+        """The modulation of [m] other rows, such as of edges by the numbers of their atoms."""
         return BoundModulation(self._blocks, self._condition[rows], self._conditioned[rows])
 
 
@@ -97,7 +101,7 @@ class BlockModulation(nn.Module):
         if self.a is not None:
             squashed = torch.tanh(self.a * scalars) * (1 + scale) / self.a
             return (squashed + shift).to(scalars.dtype), torch.tanh(self.alpha * gate)
-        # Selected, not multiplied: exactly nothing where nothing is told, whatever the MLP says.
+        # `where`, not a product: an atom without a condition keeps its features bit for bit, whatever the MLP returns.
         conditioned = conditioned[:, None]
         out = torch.where(conditioned, (scalars * (1 + scale) + shift).to(scalars.dtype), scalars)
         factor = torch.where(conditioned, 1 + self.gate_bound * torch.tanh(self.alpha * gate), 1.0)

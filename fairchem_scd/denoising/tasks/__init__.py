@@ -1,4 +1,4 @@
-"""Denoising tasks, one file a task, all of one shape. A third party registers its own with `register_task`."""
+"""Denoising tasks, one file per task, all of one shape. Third parties add theirs: docs/adding-a-task.md."""
 
 from __future__ import annotations
 
@@ -6,30 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from fairchem_scd.denoising.settings import Denoising, Settings, parse_denoising
-from fairchem_scd.denoising.tasks.base import DenoisingTask
+from fairchem_scd.denoising.task_registry import register_task, task_classes, task_names
+from fairchem_scd.denoising.tasks.base import DenoisingTask, TaskModules
 from fairchem_scd.denoising.tasks.dens import Dens
 from fairchem_scd.denoising.tasks.draw import TaskDraw
 from fairchem_scd.denoising.tasks.noisy_nodes import NoisyNodes
 from fairchem_scd.denoising.tasks.scd import Scd
 
-__all__ = ["DenoisingTask", "Dens", "NoisyNodes", "Scd", "TaskDraw", "build_tasks", "register_task", "task_classes"]
-
-_TASKS: dict[str, type[DenoisingTask]] = {}
-
-
-def register_task(cls: type[DenoisingTask]) -> type[DenoisingTask]:
-    """Make a task known under `cls.name`, its key in the `task.denoising` block."""
-    _TASKS[cls.name] = cls
-    return cls
-
-
-def task_classes() -> dict[str, type[DenoisingTask]]:
-    """All known tasks, by name."""
-    return dict(_TASKS)
-
-
-for _task in (Dens, Scd, NoisyNodes):
-    register_task(_task)
+__all__ = [
+    "DenoisingTask",
+    "Dens",
+    "NoisyNodes",
+    "Scd",
+    "TaskDraw",
+    "TaskModules",
+    "build_tasks",
+    "register_task",
+    "task_classes",
+    "task_names",
+]
 
 
 def build_tasks(block: Mapping[str, Any] | None, supervised: bool = True) -> tuple[dict[str, DenoisingTask], Denoising]:
@@ -42,6 +37,7 @@ def build_tasks(block: Mapping[str, Any] | None, supervised: bool = True) -> tup
     Raises:
         ConfigError: the block is not valid.
     """
-    classes: dict[str, type[Settings]] = {name: cls.Settings for name, cls in _TASKS.items()}
-    parsed = parse_denoising(block, classes)
-    return {name: _TASKS[name](s, supervised) for name, s in parsed.tasks.items()}, parsed
+    classes = task_classes(asked=block if isinstance(block, Mapping) else ())
+    settings: dict[str, type[Settings]] = {name: cls.Settings for name, cls in classes.items()}
+    parsed = parse_denoising(block, settings)
+    return {name: classes[name](s, supervised) for name, s in parsed.tasks.items()}, parsed

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairchem_scd.denoising.conditions import ForceEncoding
 from fairchem_scd.denoising.corruption import Corruption, corrupt
 from fairchem_scd.denoising.plan import Objective, Pass
 from fairchem_scd.denoising.settings import DensSettings
 from fairchem_scd.denoising.structures import Structures, require
-from fairchem_scd.denoising.tasks.base import Backbone, DenoisingTask
+from fairchem_scd.denoising.tasks.base import Backbone, DenoisingTask, TaskModules
 from fairchem_scd.errors import ConfigError
 
 
 class Dens(DenoisingTask):
     """Corrupt a structure, tell the model the forces of the original, predict the noise.
 
-    One pass: corrupted atoms train on their noise, the others on their forces, the structure on the original's energy.
+    One pass. Corrupted atoms train on their noise, the others on their forces, and the structure on the energy of the
+    original.
     """
 
     name = "dens"
@@ -43,14 +44,12 @@ class Dens(DenoisingTask):
                 known = ", ".join(n for n in outputs if n != "forces")
                 raise ConfigError(f"task.denoising.dens.train_outputs: '{name}' is not an output; outputs: {known}")
 
-    def modules(self, backbone: Backbone) -> nn.ModuleDict:
-        modules = nn.ModuleDict({"noise_head": backbone.vector_head()})
+    def modules(self, backbone: Backbone) -> TaskModules:
         s = self.settings
+        noise_head, encoding = backbone.vector_head(), None
         if self.conditions_on_forces:
-            modules["encoding"] = ForceEncoding(
-                **backbone.encoding_spec, forces=s.force_encoding, sigma=s.sigma_encoding
-            )
-        return modules
+            encoding = ForceEncoding(**backbone.encoding_spec, forces=s.force_encoding, sigma=s.sigma_encoding)
+        return TaskModules(noise_head, encoding=encoding)
 
     def corrupt(self, structures: Structures, *, seed: int, step: int) -> Corruption:
         s = self.settings
@@ -67,10 +66,7 @@ class Dens(DenoisingTask):
         )
 
     def passes(self, structures: Structures, corruption: Corruption, *, seed: int, step: int) -> tuple[Pass, ...]:
-        encoding = None
-        if self.settings.force_encoding or self.settings.sigma_encoding:
-            forces = require(structures.forces, "forces", self.name)
-            encoding = (forces, corruption.mask, corruption.sigma[corruption.batch])
+        encoding = self._force_encoding(structures, corruption) if self.conditions_on_forces else None
         return (Pass(structures.pos + corruption.noise, encoding=encoding, noise=True),)
 
     def objective(self, progress: float) -> Objective:
@@ -83,7 +79,7 @@ class Dens(DenoisingTask):
         )
 
     def _excluded(self, structures: Structures) -> Tensor:
-        """[B] bool: structures that the MD mark or a guard leaves alone."""
+        """[B] bool: structures that a mark in the data or a guard in the settings leaves alone."""
         s = self.settings
         excluded = torch.zeros(len(structures.natoms), dtype=torch.bool)
         if s.exclude_md and structures.md is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from fairchem_scd.denoising.random import stream
 from fairchem_scd.denoising.tasks.base import DenoisingTask
 
-# Probabilities that sum to 1 leave no ordinary step, however their sum is rounded.
+# Probabilities that sum to 1 leave no ordinary step, even where their sum is rounded to a little less.
 _ROUNDING = 1e-9
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from fairchem_scd.denoising.corruption import Corruption, corrupt
 from fairchem_scd.denoising.plan import Objective, Pass
 from fairchem_scd.denoising.settings import NoisyNodesSettings
 from fairchem_scd.denoising.structures import Structures
-from fairchem_scd.denoising.tasks.base import Backbone, DenoisingTask
+from fairchem_scd.denoising.tasks.base import Backbone, DenoisingTask, TaskModules
 
 
 class NoisyNodes(DenoisingTask):
@@ -18,8 +16,8 @@ class NoisyNodes(DenoisingTask):
     Settings = NoisyNodesSettings
     settings: NoisyNodesSettings
 
-    def modules(self, backbone: Backbone) -> nn.ModuleDict:
-        return nn.ModuleDict({"noise_head": backbone.vector_head()})
+    def modules(self, backbone: Backbone) -> TaskModules:
+        return TaskModules(backbone.vector_head())
 
     def corrupt(self, structures: Structures, *, seed: int, step: int) -> Corruption:
         s = self.settings

@@ -7,28 +7,26 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fairchem_scd.denoising.conditions import ConditionHead, ForceEncoding, Modulation
+from fairchem_scd.denoising.conditions import ForceEncoding, SelfCondition
+from fairchem_scd.denoising.conditions.self_condition import check_null_form
 from fairchem_scd.denoising.corruption import Corruption, corrupt
 from fairchem_scd.denoising.plan import VALIDATION, AtomSubset, Objective, Pass
 from fairchem_scd.denoising.random import stream
 from fairchem_scd.denoising.running_scale import RunningScale
 from fairchem_scd.denoising.settings import ScdSettings
 from fairchem_scd.denoising.structures import Structures, require
-from fairchem_scd.denoising.tasks.base import Backbone, DenoisingTask
+from fairchem_scd.denoising.tasks.base import Backbone, DenoisingTask, TaskModules
 from fairchem_scd.errors import ConfigError
-
-_STD_REG = 0.005
-_COEFFICIENT = {True: 10.0, False: 1.0}  # beside other losses, and alone
 
 
 class Scd(DenoisingTask):
     """Embed a structure, corrupt it, tell the model the embedding, predict the noise.
 
-    Two passes. The first, over the clean structure, embeds it, and beside other losses predicts the config's outputs;
-    the second, over the corrupted one, predicts the noise. Where the parts to embed or to denoise are not the whole
-    structure, each is a graph of its own, and outputs come from a pass over the whole.
+    Two passes. The first, over the clean structure, embeds it, and beside other losses predicts the config's outputs
+    too. The second, over the corrupted structure, predicts the noise. Settings may choose the atoms to embed and those
+    to denoise by their tags; each choice is then a graph of its own, and outputs come from a pass over all atoms.
     """
 
     name = "scd"
@@ -38,12 +36,20 @@ class Scd(DenoisingTask):
     @property
     def labels(self) -> frozenset[str]:
         s = self.settings
-        forces = {"forces"} if "forces" in s.condition else set()
-        return frozenset(forces | ({"tags"} if s.embed_tags or s.denoise_tags else set()))
+        forces = {"forces"} if self.conditions_on_forces else set()
+        return frozenset(forces | ({"tags"} if s.subset_tags else set()))
 
     @property
     def conditions_on_forces(self) -> bool:
         return "forces" in self.settings.condition
+
+    @property
+    def subset_settings(self) -> Sequence[str]:
+        return tuple(self.settings.subset_tags)
+
+    @property
+    def embeds_subset(self) -> bool:
+        return self.settings.embed_tags is not None
 
     def check(self, outputs: Collection[str], trained: Collection[str]) -> None:
         if self.supervised and self.settings.embed_tags is None and self.settings.std_reg:
@@ -52,11 +58,15 @@ class Scd(DenoisingTask):
                 "the structure as it is; leave std_reg out"
             )
 
+    def check_backbone(self, backbone: Backbone, heads: bool) -> None:
+        if self._embeds:
+            check_null_form(self.settings.null_condition, gradient_forces=backbone.conservative and heads)
+
     def check_sample(self, sample: Sequence[Structures], origin: str) -> None:
         super().check_sample(sample, origin)
         s = self.settings
-        present = sorted({int(tag) for structures in sample for tag in structures.tags}) if s.parts else []
-        for key, tags in s.parts.items():
+        present = sorted({int(tag) for structures in sample for tag in structures.tags}) if s.subset_tags else []
+        for key, tags in s.subset_tags.items():
             counts = [int(_tagged(structures, tags).sum()) for structures in sample]
             if max(counts) < 2:
                 what = "more than one atom" if max(counts) else "an atom"
@@ -70,65 +80,71 @@ class Scd(DenoisingTask):
                 f"atoms{f' with the tags {sorted(s.denoise_tags)}' if s.denoise_tags else ''}, two or more of them"
             )
 
-    def modules(self, backbone: Backbone) -> nn.ModuleDict:
+    def modules(self, backbone: Backbone) -> TaskModules:
         s = self.settings
-        modules = nn.ModuleDict({"noise_head": backbone.vector_head()})
-        if "self" in s.condition:
-            channels, masked = backbone.scalar_channels, s.null_condition == "mask_token"
-            modules["condition_head"] = ConditionHead(channels, pool=s.pool, clamp=s.clamp, mask_token=masked)
-            modules["modulation"] = Modulation(
-                channels, backbone.num_modulated, null=s.null_condition, gate_bound=s.gate_bound
+        noise_head, condition = backbone.vector_head(), None
+        if self._embeds:
+            condition = SelfCondition.build(
+                backbone.scalar_channels,
+                backbone.num_modulated,
+                null_form=s.null_condition,
+                pool=s.pool,
+                clamp=s.clamp,
+                gate_bound=s.gate_bound,
             )
-        if self.conditions_on_forces:
-            modules["encoding"] = ForceEncoding(**backbone.encoding_spec)
-        if self._runs_scale:
-            modules["scale"] = RunningScale(math.sqrt(sum(sigma**2 for sigma in s.sigmas) / len(s.sigmas)))
-        return modules
+        encoding = ForceEncoding(**backbone.encoding_spec) if self.conditions_on_forces else None
+        initial = math.sqrt(sum(sigma**2 for sigma in s.sigmas) / len(s.sigmas))
+        scale = RunningScale(initial) if self._runs_scale else None
+        return TaskModules(noise_head, condition=condition, encoding=encoding, scale=scale)
 
     def corrupt(self, structures: Structures, *, seed: int, step: int) -> Corruption:
         s = self.settings
         return self._noise(structures, s.denoise_tags, s.sigmas, seed, step, ratio=s.corrupt_ratio)
 
     def passes(self, structures: Structures, corruption: Corruption, *, seed: int, step: int) -> tuple[Pass, ...]:
-        s = self.settings
-        passes, conditioned = [], None
-        if "self" in s.condition:
-            clean = self._clean_view(structures, seed, step)
-            shared = self.supervised and s.embed_tags is None
+        clean, conditioned = [], None
+        if self._embeds:
+            view = self._clean_view(structures, seed, step)
+            # Where all atoms are embedded, the pass that embeds them also predicts the outputs.
+            shared = self.supervised and not self.embeds_subset
             if self.supervised and not shared:
-                passes.append(Pass(structures.pos))
-            passes.append(replace(self.embedding(structures), pos=clean, outputs=shared))
+                clean.append(Pass(structures.pos))
+            clean.append(replace(self.embedding_pass(structures), pos=view, outputs=shared))
             conditioned = self._conditioned(structures, seed, step)
         elif self.supervised:
-            passes.append(Pass(structures.pos))
-        encoding = None
-        if "forces" in s.condition:
-            forces = require(structures.forces, "forces", self.name)
-            encoding = (forces, corruption.mask, corruption.sigma[corruption.batch])
-        subset = None
-        if s.denoise_tags is not None:
-            target = _tagged(structures, s.denoise_tags) & corruption.corrupted[corruption.batch]
-            subset = _part(structures, target)
-        noisy = structures.pos + corruption.noise
-        passes.append(Pass(noisy, subset=subset, encoding=encoding, conditioned=conditioned, outputs=False, noise=True))
-        return tuple(passes)
+            clean.append(Pass(structures.pos))
+        noisy = Pass(
+            structures.pos + corruption.noise,
+            subset=self._denoised(structures, corruption),
+            encoding=self._force_encoding(structures, corruption) if self.conditions_on_forces else None,
+            conditioned=conditioned,
+            outputs=False,
+            noise=True,
+        )
+        return (*clean, noisy)
 
-    def embedding(self, structures: Structures) -> Pass:
-        """The pass that embeds structures as they are."""
-        subset = _part(structures, self.embedded(structures))
+    def embedding_pass(self, structures: Structures) -> Pass:
         return Pass(
             structures.pos,
-            subset=subset,
+            subset=_subset(structures, self._embedded_atoms(structures)),
             outputs=False,
             embed=True,
             detach_embedding=self.settings.stop_gradient_condition,
         )
 
+    def embedded_structures(self, structures: Structures) -> Tensor:
+        embedded = torch.zeros(len(structures.natoms), dtype=torch.bool)
+        embedded[structures.batch[self._embedded_atoms(structures)]] = True
+        return embedded
+
     def objective(self, progress: float) -> Objective:
         s = self.settings
-        coefficient = _COEFFICIENT[self.supervised] if s.coefficient is None else s.coefficient
         scale = None if self._runs_scale else s.std
-        return Objective(coefficient, scale, loss=s.loss, clean=True)
+        return Objective(s.coefficient_of(self.supervised), scale, loss=s.loss, clean=True)
+
+    @property
+    def _embeds(self) -> bool:
+        return "self" in self.settings.condition
 
     @property
     def _runs_scale(self) -> bool:
@@ -138,25 +154,31 @@ class Scd(DenoisingTask):
     def _clean_view(self, structures: Structures, seed: int, step: int) -> Tensor:
         """[N, 3] positions of the clean pass, Å."""
         s = self.settings
-        std = s.std_reg if s.std_reg is not None else 0.0 if self.supervised else _STD_REG
+        std = s.std_reg_of(self.supervised)
         if std == 0:
             return structures.pos
         view = self._noise(structures, s.embed_tags, (std,), seed, step, purpose="clean view of ")
         return structures.pos + view.noise
 
-    def embedded(self, structures: Structures) -> Tensor:
-        """[N] bool: the atoms to embed. A part of one atom would be a graph without edges, which hosts cannot run."""
+    def _embedded_atoms(self, structures: Structures) -> Tensor:
+        """[N] bool. With `embed_tags`, no single atoms: they would be graphs without edges, which hosts cannot run."""
         chosen = _tagged(structures, self.settings.embed_tags)
-        if self.settings.embed_tags is None:
+        if not self.embeds_subset:
             return chosen
         batch = structures.batch
         counts = torch.zeros_like(structures.natoms).index_add_(0, batch, chosen.to(structures.natoms))
         return chosen & (counts > 1)[batch]
 
+    def _denoised(self, structures: Structures, corruption: Corruption) -> AtomSubset | None:
+        """The atoms that the noisy pass has; None: all."""
+        if self.settings.denoise_tags is None:
+            return None
+        chosen = _tagged(structures, self.settings.denoise_tags)
+        return _subset(structures, chosen & corruption.corrupted[corruption.batch])
+
     def _conditioned(self, structures: Structures, seed: int, step: int) -> Tensor:
-        """[B] bool: structures that have an embedding and are told it."""
-        conditioned = torch.zeros(len(structures.natoms), dtype=torch.bool)
-        conditioned[structures.batch[self.embedded(structures)]] = True
+        """[B] bool: the structures that have an embedding whose condition is not dropped."""
+        conditioned = self.embedded_structures(structures)
         if step != VALIDATION:
             drops = [stream(seed, step, f"condition of {name}").random() for name in structures.ids]
             conditioned &= torch.tensor(drops) >= self.settings.condition_drop
@@ -173,7 +195,7 @@ class Scd(DenoisingTask):
         ratio: float | None = None,
         purpose: str = "",
     ) -> Corruption:
-        """Noise on a part as if it were all there is: its mean is removed where the whole part moved."""
+        """Noise on the atoms with some tags, drawn as if the structure had no others: see `corrupt`."""
         chosen = _tagged(structures, tags)
         movable, batch = self.movable(structures), structures.batch
         counts = torch.zeros_like(structures.natoms).index_add_(0, batch, chosen.to(structures.natoms))
@@ -191,9 +213,9 @@ def _tagged(structures: Structures, tags: Collection[int] | None) -> Tensor:
     return torch.isin(require(structures.tags, "tags", Scd.name), torch.tensor(sorted(tags)))
 
 
-def _part(structures: Structures, chosen: Tensor) -> AtomSubset | None:
+def _subset(structures: Structures, chosen: Tensor) -> AtomSubset | None:
     """The chosen [N] atoms as a batch of their own; None: all atoms.
 
-    All atoms too where none is chosen: such a pass has no effect, but every rank makes one.
+    All atoms also where none is chosen: every rank must run the pass, though then its result is not used.
     """
     return None if chosen.all() or not chosen.any() else AtomSubset.of(structures.natoms, chosen)

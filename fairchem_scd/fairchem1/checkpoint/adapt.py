@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fairchem_scd.denoising.conditions.self_condition import check_same_form
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.checkpoint.files import read
 from fairchem_scd.fairchem1.checkpoint.source import (
@@ -17,7 +18,6 @@ from fairchem_scd.fairchem1.checkpoint.source import (
     Source,
     bare,
     check_weights,
-    has_mask_token,
     is_pretrained,
     model_config,
     source_weights,
@@ -71,7 +71,7 @@ def adapt(
     weights, fresh = source_weights(checkpoint), model.state_dict()
     theirs, ours = ({k: v for k, v in values.items() if not k.startswith(ADDED)} for values in (weights, fresh))
     check_weights(theirs, ours, "the checkpoint is of another model than the config's")
-    _check_null_condition("--checkpoint", weights, fresh)
+    check_same_form("--checkpoint", weights, fresh)
     adapted["state_dict"] = {key: weights.get(key, value) for key, value in fresh.items()}
     added = sorted({".".join(key.split(".")[:2]) for key in fresh if key not in weights})
     logging.info("a checkpoint of another kind: its weights are kept; fresh: %s", ", ".join(added) or "nothing")
@@ -97,7 +97,7 @@ def carry_over(model: nn.Module, path: str | Path) -> None:
         ConfigError: the backbone has been trained under a mask token that the model does not have, or the reverse.
     """
     weights = {k: v for k, v in source_weights(read(path)).items() if k.startswith(ADDED)}
-    _check_null_condition("model.finetune_config.starting_checkpoint", weights, model.state_dict())
+    check_same_form("model.finetune_config.starting_checkpoint", weights, model.state_dict())
     heads = {key.split(".", 3)[-1]: value for key, value in weights.items() if ".noise_head." in key}
     state = {key: value for key, value in model.state_dict().items() if key.startswith(ADDED)}
     carried = []
@@ -108,18 +108,3 @@ def carry_over(model: nn.Module, path: str | Path) -> None:
             carried.append(".".join(key.split(".")[:3]))
     if carried:
         logging.info("from the starting checkpoint besides: %s", ", ".join(sorted(set(carried))))
-
-
-def _check_null_condition(key: str, weights: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> None:
-    """The two forms of modulation read the same weights in different ways, and one of them is never off."""
-    source, target = has_mask_token(weights), has_mask_token(fresh)
-    if source and not target:
-        raise ConfigError(
-            f"{key}: its backbone was trained under a mask token in every pass; keep it with "
-            "task.denoising.scd.null_condition: mask_token (prob: 0 if SCD itself is to stop)"
-        )
-    if target and not source and any(".modulation." in name for name in weights):
-        raise ConfigError(
-            f"{key}: trained with task.denoising.scd.null_condition: identity, and this config says mask_token; the "
-            "two forms read their weights in different ways, so make them agree"
-        )

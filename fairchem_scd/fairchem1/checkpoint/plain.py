@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from fairchem.core.models.base import HydraModel
 
+from fairchem_scd.denoising.conditions.self_condition import check_exportable
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.checkpoint.source import (
     Source,
     check_weights,
-    has_mask_token,
     is_pretrained,
     model_config,
     source_weights,
@@ -113,11 +113,7 @@ def _check_exportable(checkpoint: Mapping[str, Any]) -> None:
     name = model_config(checkpoint).get("name")
     if name not in _OURS:
         raise ConfigError(f"the checkpoint's model is '{name}', not this package's: fairchem loads it as it is")
-    if has_mask_token(checkpoint["state_dict"]):
-        raise ConfigError(
-            "trained with task.denoising.scd.null_condition: mask_token, which stands for the condition in every pass: "
-            "the plain model computes something else. Where this package is installed it works as it is"
-        )
+    check_exportable(checkpoint["state_dict"])
 
 
 def _plain_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

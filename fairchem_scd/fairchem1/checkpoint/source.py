@@ -184,10 +184,6 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         )
 
 
-def has_mask_token(keys: Iterable[str]) -> bool:
-    return any(key.endswith("condition_head.mask_token") for key in keys)
-
-
 def is_pretrained(checkpoint: Mapping[str, Any]) -> bool:
     """Whether a self-supervised run wrote the checkpoint: its element embeddings were frozen, and it has no heads."""
     config = checkpoint["config"]
