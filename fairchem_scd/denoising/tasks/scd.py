@@ -19,9 +19,6 @@ from fairchem_scd.denoising.structures import Structures, require
 from fairchem_scd.denoising.tasks.base import Backbone, DenoisingTask
 from fairchem_scd.errors import ConfigError
 
-_STD_REG = 0.005
-_COEFFICIENT = {True: 10.0, False: 1.0}  # beside other losses, and alone
-
 
 class Scd(DenoisingTask):
     """Embed a structure, corrupt it, tell the model the embedding, predict the noise.
@@ -126,9 +123,8 @@ class Scd(DenoisingTask):
 
     def objective(self, progress: float) -> Objective:
         s = self.settings
-        coefficient = _COEFFICIENT[self.supervised] if s.coefficient is None else s.coefficient
         scale = None if self._runs_scale else s.std
-        return Objective(coefficient, scale, loss=s.loss, clean=True)
+        return Objective(s.weight(self.supervised), scale, loss=s.loss, clean=True)
 
     @property
     def _runs_scale(self) -> bool:
@@ -138,7 +134,7 @@ class Scd(DenoisingTask):
     def _clean_view(self, structures: Structures, seed: int, step: int) -> Tensor:
         """[N, 3] positions of the clean pass, Å."""
         s = self.settings
-        std = s.std_reg if s.std_reg is not None else 0.0 if self.supervised else _STD_REG
+        std = s.clean_std(self.supervised)
         if std == 0:
             return structures.pos
         view = self._noise(structures, s.embed_tags, (std,), seed, step, purpose="clean view of ")
