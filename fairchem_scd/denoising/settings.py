@@ -107,9 +107,7 @@ class DensSettings(_NoiseSettings):
     std: PositiveFloat = Field(0.1, description="standard deviation σ of the noise, Å")
     std_high: PositiveFloat | None = Field(None, description="schedule: largest σ, Å; also the unit of the target")
     sigma_encoding: bool = Field(False, description="schedule: tell the model each structure's σ")
-    force_encoding: bool = Field(
-        True, description="encode the original's forces in the model's input (`false`: ablation)"
-    )
+    force_encoding: bool = Field(True, description="tell the model the original's forces (`false`: ablation)")
     corrupt_ratio: PositiveFraction | None = Field(0.5, description="probability that an atom moves; `null`: all move")
     coefficient: Annotated[Real, Field(ge=0)] = Field(10.0, description="weight λ of the denoising term")
     coefficient_decay: Probability | None = Field(
