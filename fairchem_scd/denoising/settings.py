@@ -218,11 +218,11 @@ class ScdSettings(_NoiseSettings):
             raise ValueError("noise_scale: std needs one σ; with a schedule it is 'running'")
         return self
 
-    def weight(self, supervised: bool) -> float:
+    def coefficient_of(self, supervised: bool) -> float:
         """`coefficient`, or its default, which depends on whether outputs are trained too."""
         return self.coefficient if self.coefficient is not None else _BESIDE_LABELS if supervised else _ALONE
 
-    def clean_std(self, supervised: bool) -> float:
+    def std_reg_of(self, supervised: bool) -> float:
         """`std_reg` in Å, or its default, which depends on whether outputs are trained too."""
         return self.std_reg if self.std_reg is not None else 0.0 if supervised else _CLEAN_STD
 

@@ -33,6 +33,7 @@ class DenoisingHydra(HydraModel):
     Args:
         denoising: the `task.denoising` block; which modules are added follows from it.
         legacy_weight_decay: choose the parameters without weight decay as the backbone's one-piece model did.
+        self_supervised: the run trains no outputs. Checkpoints of before this argument was here do without it.
         host: arguments of HydraModel.
 
     Raises:
@@ -40,12 +41,16 @@ class DenoisingHydra(HydraModel):
     """
 
     def __init__(
-        self, denoising: Mapping[str, Any] | None = None, legacy_weight_decay: bool = False, **host: Any
+        self,
+        denoising: Mapping[str, Any] | None = None,
+        legacy_weight_decay: bool = False,
+        self_supervised: bool = False,
+        **host: Any,
     ) -> None:
         super().__init__(**host)
         self.legacy_weight_decay = legacy_weight_decay
-        self.self_supervised = False  # set by the trainer, before the optimiser is built
-        tasks, _ = build_tasks(denoising)
+        self.self_supervised = self_supervised
+        tasks, _ = build_tasks(denoising, supervised=not self_supervised)
         self._tasks = tasks
         self.adapter: Adapter | None = adapter_for(self.backbone) if tasks else None
         if self.adapter is not None:
@@ -213,6 +218,18 @@ def with_plan(model: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def freeze(model: DenoisingHydra) -> None:
+    """Freeze what pre-training must not move (SCD, arXiv 2603.17196): element embeddings, mask token, the user's heads.
+
+    Element embeddings would shrink to nothing, and fine-tuning from there blows up; heads have no loss.
+    """
+    frozen = [p for module in model.adapter.element_embeddings() for p in module.parameters()]
+    frozen += [p for module in (model.output_heads, *model.adapter.readout()) for p in module.parameters()]
+    frozen += [p for name, p in model.named_parameters() if name.endswith("condition_head.mask_token")]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
 
 
 def no_weight_decay_names(model: HydraModel, *, legacy: bool, self_supervised: bool) -> set[str]:

@@ -124,7 +124,7 @@ class Scd(DenoisingTask):
     def objective(self, progress: float) -> Objective:
         s = self.settings
         scale = None if self._runs_scale else s.std
-        return Objective(s.weight(self.supervised), scale, loss=s.loss, clean=True)
+        return Objective(s.coefficient_of(self.supervised), scale, loss=s.loss, clean=True)
 
     @property
     def _runs_scale(self) -> bool:
@@ -134,7 +134,7 @@ class Scd(DenoisingTask):
     def _clean_view(self, structures: Structures, seed: int, step: int) -> Tensor:
         """[N, 3] positions of the clean pass, Å."""
         s = self.settings
-        std = s.clean_std(self.supervised)
+        std = s.std_reg_of(self.supervised)
         if std == 0:
             return structures.pos
         view = self._noise(structures, s.embed_tags, (std,), seed, step, purpose="clean view of ")
