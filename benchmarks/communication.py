@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import DENOISING, PLAIN, hydra, make_trainer, training, use_threads
 from benchmarks.step_cost import step
-from fairchem_scd.fairchem1 import pretraining
-from fairchem_scd.fairchem1.hydra import DenoisingHydra
+from fairchem_scd.fairchem1.hydra import DenoisingHydra, freeze
 from fairchem_scd.testing import on_ranks
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -87,7 +86,7 @@ def sizes(name: str) -> dict[str, tuple[int, int]]:
         "SCD": _held([*plain, tasks["scd"]]),
         "DeNS and SCD in turns": _held([*plain, *tasks.values()]),
     }
-    pretraining.freeze(model)
+    freeze(model)
     return {**held, "SCD, pre-training": _held([model.backbone, tasks["scd"]])}
 
 

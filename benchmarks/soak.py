@@ -259,7 +259,7 @@ def _assert_equal(value: Any, expected: Any, name: str) -> None:
 
 def long(steps: int, folder: Path, task: dict[str, Any], *, every: int = 250) -> list[dict[str, float]]:
     """Train many steps in this process; every so often note resident memory, median step time and size on disk."""
-    from fairchem_scd.fairchem1.trainer.trainers import DenoisingMixin
+    from fairchem_scd.fairchem1.trainer import DenoisingMixin
 
     notes: list[dict[str, float]] = []
     times: list[float] = []

@@ -37,6 +37,7 @@ class DenoisingHydra(HydraModel):
     Args:
         denoising: the `task.denoising` block; which modules are added follows from it.
         legacy_weight_decay: choose the parameters without weight decay as the backbone's one-piece model did.
+        self_supervised: the run trains no outputs. Checkpoints of before this argument was here do without it.
         host: arguments of HydraModel.
 
     Raises:
@@ -44,12 +45,16 @@ class DenoisingHydra(HydraModel):
     """
 
     def __init__(
-        self, denoising: Mapping[str, Any] | None = None, legacy_weight_decay: bool = False, **host: Any
+        self,
+        denoising: Mapping[str, Any] | None = None,
+        legacy_weight_decay: bool = False,
+        self_supervised: bool = False,
+        **host: Any,
     ) -> None:
         super().__init__(**host)
         self.legacy_weight_decay = legacy_weight_decay
-        self.self_supervised = False  # set by the trainer, before the optimiser is built
-        self.tasks, _ = build_tasks(denoising)
+        self.self_supervised = self_supervised
+        self.tasks, _ = build_tasks(denoising, supervised=not self_supervised)
         self.adapter: Adapter | None = adapter_for(self.backbone) if self.tasks else None
         if self.adapter is not None:
             # Checked here, not in the config alone: the backbone may come from a checkpoint to fine-tune from.
@@ -130,6 +135,12 @@ def with_plan(model: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def freeze(model: DenoisingHydra) -> None:
+    """Freeze what pre-training must not move: see `passes.frozen_in_pretraining`."""
+    for parameter in passes.frozen_in_pretraining(model):
+        parameter.requires_grad_(False)
 
 
 def no_weight_decay_names(model: HydraModel, *, legacy: bool, self_supervised: bool) -> set[str]:

@@ -404,7 +404,7 @@ def train(config, run_dir):
     def noted(out, batch):
         loss = host_loss(out, batch)
         if trainer.model.training:
-            steps.append((batch, trainer._step and trainer._step.corruption, float(loss)))
+            steps.append((batch, getattr(trainer._step, "corruption", None), float(loss)))
         return loss
 
     trainer._compute_loss = noted

@@ -87,7 +87,9 @@ def test_loss_is_that_of_the_clean_structure_and_of_the_noise_over_free_atoms(su
         expected += 2 * float(energy.abs().mean()) + 100 * float(forces.norm(dim=-1).mean())
     assert float(value) == pytest.approx(expected, rel=1e-5)
     assert step.corruption.noise[free].std() == pytest.approx(0.04, rel=0.2)
-    assert set(trainer._parts) == ({"energy_loss", "forces_loss"} if supervised else set()) | {"denoising_pos_loss"}
+    assert set(step.terms) == ({"energy_loss", "forces_loss"} if supervised else set()) | {
+        "denoising_pos_loss"
+    }
     metrics = trainer._compute_metrics(out, batch, trainer.evaluator, {})
     wrong = (step.noise * 0.04 - step.corruption.noise)[free].abs().mean()
     assert metrics["denoising_pos_mae"]["metric"] == pytest.approx(float(wrong), rel=1e-5)
@@ -104,11 +106,11 @@ def test_outputs_beside_scd_are_those_of_an_ordinary_step(data, tmp_path):
         torch.manual_seed(5)
         out, _ = step_of(each, batch_of(each))
         if each is trainer:
-            expected, parts = out, each._parts
+            expected, parts = out, each._step.terms
     for key in expected:
         assert torch.equal(out[key], expected[key])
     for key in ("energy_loss", "forces_loss"):
-        assert torch.equal(ours._parts[key], parts[key])
+        assert torch.equal(ours._step.terms[key], parts[key])
 
 
 def test_a_structure_with_nothing_to_denoise_is_left_out_and_counted(tmp_path, caplog):

@@ -259,7 +259,7 @@ def test_a_sample_of_very_large_data_stays_within_it():
 @pytest.fixture
 def _rows_without_stress(monkeypatch):
     """Their labels come with the batch."""
-    monkeypatch.setattr("fairchem_scd.fairchem1.trainer.trainers.check_row", lambda row, **_: None)
+    monkeypatch.setattr("fairchem_scd.fairchem1.trainer.data_faults.check_row", lambda row, **_: None)
 
 
 def with_a_second_energy(data, denoising):
@@ -284,7 +284,7 @@ def test_outputs_train_on_corrupted_structures_as_asked(outputs, data, tmp_path)
     assert corrupted.any()
     assert not corrupted.all()
     everything = torch.ones_like(corrupted)
-    parts = trainer._parts
+    parts = trainer._step.terms
     energy_error = (out["energy"].view(-1) - (batch.energy - 5.5) / 2.5).abs()
     stress_error = (out["stress"].view(-1) - batch.stress).abs()
     for name, error, weight in (("energy", energy_error, 2), ("stress", stress_error, 7)):
@@ -301,7 +301,7 @@ def test_an_output_with_no_structure_left_is_zero_and_still_has_gradients(data, 
     batch.stress = batch.energy.clone()
     _, loss = step_of(trainer, batch)
     assert trainer._step.corruption.corrupted.all()
-    assert float(trainer._parts["denoising_stress_loss"]) == 0
+    assert float(trainer._step.terms["denoising_stress_loss"]) == 0
     loss.backward()
     gradients = [p.grad for n, p in trainer.model.named_parameters() if "heads.stress" in n and p.requires_grad]
     assert gradients

@@ -28,8 +28,10 @@ def test_calls_are_of_the_sizes_that_the_page_names(calls):
         assert all(named[kind] == size for kind, size in small)
 
 
-def test_scd_sends_gradients_once_and_one_count_more(calls):
-    assert [kind for kind, _ in calls["SCD beside energy and forces"]].count(COUNT) == 3
+def test_scd_sends_gradients_once_and_one_count_more_than_an_ordinary_step(calls):
+    """Which has one more than the plain host: of ranks that met a bad row."""
+    assert [kind for kind, _ in calls["SCD beside energy and forces"]].count(COUNT) == 4
+    assert [kind for kind, _ in calls["DeNS, ordinary step"]] == [SIZES, "buffers", COUNT, COUNT, COUNT, "gradients"]
     assert [kind for kind, _ in calls["plain"]] == [SIZES, "buffers", COUNT, COUNT, "gradients"]
 
 

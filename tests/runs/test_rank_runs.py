@@ -76,7 +76,7 @@ def train(ranks: int, folder: Path, data: Path, cases: dict[str, str | None], pa
             except DataError as raised:
                 error = str(raised)
         ended = {"start": start, "state": state_of(trainer), "error": error}
-        results[case] = {**ended, "step": trainer.step, "bad": trainer._bad_rows}
+        results[case] = {**ended, "step": trainer.step, "bad": trainer.data_faults.left_out}
     return results
 
 

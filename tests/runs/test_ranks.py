@@ -10,6 +10,7 @@ import torch
 from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone
 from fairchem.core.models.escn.escn import eSCN
 
+from fairchem_scd.fairchem1.trainer.step import DenoisingStep
 from fairchem_scd.testing import on_ranks
 from tests.support import collate, fixed_edge_frames, make_trainer, slabs, tiny_config
 
@@ -50,7 +51,7 @@ def one_step(folder: Path, name: str, block: dict[str, Any], chosen: list[int], 
     loss = trainer._compute_loss(out, batch)
     trainer._compute_metrics(out, batch, trainer.evaluator, {})
     loss.backward()
-    step = trainer._step
+    step = trainer._step if isinstance(trainer._step, DenoisingStep) else None
     return {
         "loss": loss.detach(),
         "gradients": {n: p.grad for n, p in trainer._unwrapped_model.named_parameters() if p.grad is not None},

@@ -16,13 +16,11 @@ from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import UniqueKeyLoader, find_relative_file_in_paths, load_config, setup_imports
 
 from fairchem_scd.commands.add.yaml_edit import map_items, set_value
-from fairchem_scd.denoising.tasks import build_tasks
 from fairchem_scd.errors import ConfigError
-from fairchem_scd.fairchem1 import plugin, pretraining  # noqa: F401 (the plug-in registers with the host)
-from fairchem_scd.fairchem1.backbones import adapter_class
+from fairchem_scd.fairchem1 import plugin  # noqa: F401 (the plug-in registers with the host)
+from fairchem_scd.fairchem1.config import check_outputs, read
 from fairchem_scd.fairchem1.dens_aliases import denoising_block
-from fairchem_scd.fairchem1.legacy import to_hydra
-from fairchem_scd.fairchem1.trainer.trainers import DenoisingMixin
+from fairchem_scd.fairchem1.trainer import DenoisingMixin
 
 _EPOCHS, _STEPS = "fairchem_scd.EquiformerV2DenoisingTrainer", "fairchem_scd.DenoisingTrainer"
 _MLIP = "fairchem_scd.MLIPDenoisingTrainer"
@@ -229,28 +227,14 @@ def _trainer(merged: Mapping[str, Any]) -> str:
 
 def _check(config: dict[str, Any], task: str, asked: Mapping[str, Any]) -> tuple[dict[str, float], bool]:
     """Check the config as the trainer will; return the share of each task, and whether it pre-trains."""
-    if not isinstance(config.get("model"), Mapping):
-        raise ConfigError("model: missing; the config names no model to train")
-    model, dens = to_hydra(config["model"])
-    alone = pretraining.is_self_supervised(config.get("outputs"), config.get("loss_functions"))
-    tasks, _ = build_tasks(denoising_block(config["task"], config.get("optim") or {}, dens), supervised=not alone)
-    if model.get("backbone") and any(built.conditions_on_forces for built in tasks.values()):
-        cannot = adapter_class(registry.get_model_class(model["backbone"]["model"])).cannot_condition_on_forces()
-        if cannot is not None:
-            raise cannot
-    shares = {name: built.settings.prob for name, built in tasks.items()}
-    if not shares[task] and "prob" not in asked:
-        others = ", ".join(f"{name} {share:g}" for name, share in shares.items() if share)
+    setup = read(config)
+    if not setup.shares[task] and "prob" not in asked:
+        others = ", ".join(f"{name} {share:g}" for name, share in setup.shares.items() if share)
         raise ConfigError(f"task.denoising.{task}: would never run, since the others take every step ({others})")
-    outputs, losses = config.get("outputs"), config.get("loss_functions")
-    if alone:
-        pretraining.check_tasks(tasks)
-    else:
-        pretraining.check_supervised(config)
-    if alone or outputs:  # else an old format, which the host translates when it trains
-        for built in tasks.values():
-            built.check(outputs, {name for loss in losses for name in loss})
-    return shares, alone
+    # Without outputs and without pre-training it is of an old format, which the host translates when it trains.
+    if setup.self_supervised or config.get("outputs"):
+        check_outputs(setup.tasks, config.get("outputs") or {}, config["loss_functions"])
+    return setup.shares, setup.self_supervised
 
 
 def _differences(one: Any, other: Any, key: str = "") -> Iterator[str]:

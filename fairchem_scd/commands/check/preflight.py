@@ -15,13 +15,10 @@ from fairchem.core.common.utils import build_config, new_trainer_context, setup_
 
 from fairchem_scd.commands.check import data, environment, steps
 from fairchem_scd.commands.check.report import Report
-from fairchem_scd.denoising.tasks import build_tasks
 from fairchem_scd.errors import ConfigError
-from fairchem_scd.fairchem1 import pretraining
+from fairchem_scd.fairchem1.config import read
 from fairchem_scd.fairchem1.data.split import read_config
-from fairchem_scd.fairchem1.dens_aliases import denoising_block
-from fairchem_scd.fairchem1.legacy import to_hydra
-from fairchem_scd.fairchem1.trainer.trainers import DenoisingMixin
+from fairchem_scd.fairchem1.trainer import DenoisingMixin
 
 
 def preflight(path: str | Path, options: Sequence[str], report: Report, *, repeats: int, seconds: float) -> None:
@@ -84,14 +81,11 @@ def _check_settings(config: Mapping[str, Any], report: Report) -> None:
     for key in ("model", "optim"):
         if not isinstance(config.get(key), Mapping):
             raise ConfigError(f"{key}: missing, or not a block")
-    _, dens = to_hydra(config["model"])
-    block = denoising_block(config.get("task") or {}, config["optim"], dens)
-    supervised = not pretraining.is_self_supervised(config.get("outputs"), config.get("loss_functions"))
-    tasks, denoising = build_tasks(block, supervised=supervised)
-    shares = {task: settings.prob for task, settings in denoising.tasks.items()}
-    rest = max(0.0, 1 - sum(shares.values()))
-    report.say("steps", ", ".join(f"{100 * p:.3g} % {n}" for n, p in {**shares, "ordinary": rest}.items() if p > 1e-9))
-    if not tasks:
+    setup = read(config)
+    rest = max(0.0, 1 - sum(setup.shares.values()))
+    shares = {**setup.shares, "ordinary": rest}
+    report.say("steps", ", ".join(f"{100 * share:.3g} % {name}" for name, share in shares.items() if share > 1e-9))
+    if not setup.tasks:
         report.caution("task.denoising turns on no task: this trains as the host's trainer would")
 
 

@@ -126,7 +126,7 @@ def _plain_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             "which does something else than arguments of these names; a plain config cannot say so. Where this package "
             "is installed the checkpoint works as it is"
         )
-    for key in ("denoising", "legacy_weight_decay"):
+    for key in ("denoising", "legacy_weight_decay", "self_supervised"):
         block.pop(key, None)
     # Scale factors are among the weights; the host would want the file they came from wherever it builds the model.
     block["backbone"].pop("scale_file", None)

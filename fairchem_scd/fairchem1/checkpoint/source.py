@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.checkpoint.files import read
+from fairchem_scd.fairchem1.config import is_self_supervised
 from fairchem_scd.fairchem1.hydra import no_weight_decay_names
 from fairchem_scd.fairchem1.legacy import hydra_key
-from fairchem_scd.fairchem1.pretraining import is_self_supervised
 
 ADDED = "denoising."
 """Prefix of all that this package adds to a model."""

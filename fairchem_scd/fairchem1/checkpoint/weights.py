@@ -10,9 +10,8 @@ from torch import Tensor
 
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.checkpoint.source import check_weights, is_pretrained, model_config, source_weights, whole
-from fairchem_scd.fairchem1.hydra import DenoisingHydra
+from fairchem_scd.fairchem1.hydra import DenoisingHydra, freeze
 from fairchem_scd.fairchem1.legacy import to_hydra
-from fairchem_scd.fairchem1.pretraining import freeze
 
 Weights = Literal["ema", "raw"]
 

@@ -1,12 +1,13 @@
-"""Training that may stop anywhere and go on as if it had not: what the host's trainers leave to chance.
+"""Training that may stop anywhere and go on as if it had not stopped.
 
-- A step's random numbers (dropout, drop path, edge frames) come from (seed, step, rank), so no random state is kept and
-  none is lost, however a run ends; validation in between changes nothing.
-- A checkpoint holds the state after a whole step, also where preemption asks for one inside a step or in validation.
-- A checkpoint file is whole: written under another name, flushed, renamed.
-- A resumed learning-rate schedule is where it was; the host writes checkpoints before the schedule's step.
-- A validation that a checkpoint was written before, and that may be lost, is made up for when the run goes on.
-- Where the number of ranks or the batch changes, what that means is said.
+- A step's random numbers (dropout, drop path, edge frames) come from (seed, step, rank). So no random state has to be
+  stored, and validation between two steps does not change the second.
+- A checkpoint holds the state after a complete step, also where preemption asks for one inside a step or in validation.
+- A checkpoint file is complete: it is written under another name, flushed to disk, then renamed. A run ends with one.
+- A resumed run has the right learning rate. The host writes checkpoints before the schedule's step, so one is made up.
+- The host writes the checkpoint of a step before it validates. If the run stopped in between, the resumed run begins
+  with that validation, since the best metric depends on it.
+- A warning says what it means where the number of ranks or the batch size is not the checkpoint's.
 - Gradients that are not finite never reach the optimiser.
 """
 
@@ -35,17 +36,17 @@ class ResumableMixin:
     """Put before a host trainer among the bases.
 
     Attributes:
-        finite: whether the latest step's gradients were, and so changed the weights.
+        finite: whether the latest step's gradients were finite; otherwise the step changed nothing.
     """
 
     def __init__(self, **config: Any) -> None:
-        self._whole_steps = 0  # the last step whose update is complete
-        self._not_finite: list[int] = []
-        self._averaged = False
+        self._whole_steps = 0  # number of the last step whose update is complete
+        self._averaged = False  # the moving average may stand in for the weights
+        self._not_finite: list[int] = []  # steps whose gradients were not
+        self._patience = _PATIENCE  # how many more of them in a row before the run ends
         self.finite = True
-        self._patience = _PATIENCE
         super().__init__(**config)
-        # Stored with the config in every checkpoint.
+        # For who goes on: the ranks of this run, and the last step that was validated. Checkpoints store `cmd`.
         self.config["cmd"].update(world_size=distutils.get_world_size(), validated=0)
 
     # --- the state of a run ---------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ class ResumableMixin:
         if self.ema:
             self.ema.collected_params = []
         if not inference_only:
-            # Others' checkpoints do not say up to where they were validated; no more is made of them.
+            # Checkpoints of the host's own trainers do not say it; they count as validated.
             self.config["cmd"]["validated"] = _cmd(checkpoint).get("validated", self.step)
             if self.step and self.train_loader is not None:
                 self._say_what_changes(checkpoint)
@@ -68,7 +69,7 @@ class ResumableMixin:
         if inference_only or scheduler is None or scheduler.scheduler_type in ("Null", "ReduceLROnPlateau"):
             return
         if getattr(scheduler.scheduler, "last_epoch", None) == self.step - 1:
-            scheduler.step()
+            scheduler.step()  # the one that the host makes after it has written the checkpoint
 
     def _say_what_changes(self, checkpoint: dict[str, Any]) -> None:
         """Warn where a step of this run is not a step of the checkpoint's."""
@@ -100,7 +101,7 @@ class ResumableMixin:
         logging.warning(text)
 
     def _make_up_for_validation(self, disable_tqdm: bool) -> None:
-        """Validate the checkpoint's step if the run stopped before that was done: the best metric counts on it."""
+        """Validate the checkpoint's step, if it was to be validated and the run stopped before that was done."""
         optim = self.config["optim"]
         every = optim.get("eval_every", len(self.train_loader))
         validated = self.config["cmd"]["validated"] == self.step
@@ -119,17 +120,17 @@ class ResumableMixin:
     def save(
         self, metrics: Any = None, checkpoint_file: str = "checkpoint.pt", training_state: bool = True
     ) -> str | None:
-        """Write a checkpoint whole or not at all, of the state after the last whole step.
+        """Write a checkpoint of the state after the last complete step, as a complete file or not at all.
 
         Raises:
-            OSError: it could not be written; the one before is there still.
+            OSError: it could not be written; the checkpoint before it is still there.
         """
         if self.is_debug or not distutils.is_master():
             return super().save(metrics, checkpoint_file, training_state)
         folder = Path(self.config["cmd"]["checkpoint_dir"])
         part = folder / f"{_part_prefix(checkpoint_file)}{os.getpid()}"
         try:
-            # A handler may store a checkpoint of its own, under the same name, and end the process: after this one.
+            # A signal's handler may store a checkpoint under the same name and end the process: it waits for this one.
             with _deferred_signals(), self._after_whole_step() if training_state else self._averaging():
                 super().save(metrics, part.name, training_state)
                 _to_disk(part)
@@ -144,7 +145,7 @@ class ResumableMixin:
 
     @contextmanager
     def _after_whole_step(self) -> Iterator[None]:
-        """While entered, the trainer's state is that after the last whole step, wherever in a step it is."""
+        """While entered, the trainer's state is that after the last complete step, wherever in a step it is now."""
         step, epoch = self.step, self.epoch
         swapped = self._averaged and bool(self.ema and self.ema.collected_params)
         if swapped:
@@ -162,19 +163,19 @@ class ResumableMixin:
 
     @contextmanager
     def _without_open_step(self) -> Iterator[None]:
-        """While entered, nothing in the model is of the step that is not complete. For subclasses with such a thing."""
+        """While entered, the model's buffers are as before the step under way. For subclasses that change buffers."""
         yield
 
     @contextmanager
     def _averaging(self) -> Iterator[None]:
-        """While entered, the moving average may stand in for the weights."""
+        """While entered, the moving average may stand in for the weights, and `_after_whole_step` puts them back."""
         outer, self._averaged = self._averaged, True
         try:
             yield
         finally:
             self._averaged = outer
             if self.ema and not outer:
-                # The host keeps them, in memory and in checkpoints, and they would be taken for this time's the next.
+                # The weights that the host put aside. It keeps them, and the next time they would be the wrong ones.
                 self.ema.collected_params = []
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
@@ -210,14 +211,12 @@ class ResumableMixin:
         with _deferred_signals():  # so that a checkpoint never holds half an update
             super()._backward(loss)
             self._whole_steps = self.step
-        if not self.finite:
-            self._after_spoilt_step()
 
     def _keep_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Take gradients away that are not finite: the optimiser then leaves weights and its own state alone.
+        """Remove gradients that are not finite: without any, the optimiser changes neither weights nor its own state.
 
-        All ranks have the same gradients, so all do the same. A GradScaler does this by itself, as its routine, and
-        calls the optimiser for finite gradients alone.
+        All ranks have the same gradients, so all do the same. A GradScaler skips such steps by itself, and often at the
+        start, so with one nothing is counted here.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms = torch._foreach_norm([p.grad for p in parameters]) if parameters and not self.scaler else ()
@@ -235,12 +234,9 @@ class ResumableMixin:
                 "diverged; go on from an earlier checkpoint with a lower optim.lr_initial or clip_grad_norm"
             )
 
-    def _after_spoilt_step(self) -> None:
-        """Called on all ranks after a step whose gradients were not finite. For subclasses that know why."""
-
     def train(self, disable_eval_tqdm: bool = False) -> None:
         if distutils.is_master() and not self.is_debug:
-            # What killed processes left. No other process writes here.
+            # What processes that were killed left behind. No other process writes here.
             for name in ("checkpoint.pt", "best_checkpoint.pt"):
                 for part in Path(self.config["cmd"]["checkpoint_dir"]).glob(f"{_part_prefix(name)}*"):
                     part.unlink()
@@ -252,6 +248,11 @@ class ResumableMixin:
                 len(self._not_finite),
                 self._not_finite[0],
             )
+        optim = self.config["optim"]
+        every = optim.get("checkpoint_every", optim.get("eval_every", len(self.train_loader)))
+        if every != -1 and self.step % every:
+            # The host would store none of the steps since its last checkpoint.
+            self.save(checkpoint_file="checkpoint.pt", training_state=True)
 
 
 def _cmd(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -277,7 +278,7 @@ _SIGNALS = tuple(
 
 @contextmanager
 def _deferred_signals() -> Iterator[None]:
-    """While entered, Python's own handlers of preemption signals wait; they run on the way out."""
+    """While entered, Python's handlers of preemption signals wait; they run at the end."""
     if threading.current_thread() is not threading.main_thread():  # whose handlers they are
         yield
         return
