@@ -21,7 +21,7 @@ from fairchem_scd.fairchem1.backbones import adapter_class, known_backbones
 from fairchem_scd.fairchem1.legacy_models import LEGACY_MODELS, WITHOUT_HYDRA
 
 HYDRA = "fairchem_scd.DenoisingHydra"
-"""The name under which checkpoints store the model. It is dotted, so that the host finds it wherever this package is."""
+"""The name under which checkpoints store the model. It is dotted, so that the host can import the model by it."""
 
 # The host's DeNS modules, and the names of the plain modules that they extend.
 _PLAIN = {

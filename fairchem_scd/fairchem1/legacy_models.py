@@ -1,7 +1,7 @@
 """Table of the host's legacy models, which are backbone and heads in one class, and of the hydras that equal them.
 
-A hydra is the host's HydraModel: a backbone, and heads by name. Given the weights of the legacy model, the hydra computes
-the same outputs. The table is open: an entry for a model of your own can be added to `LEGACY_MODELS`.
+A hydra is the host's HydraModel: a backbone, and heads by name. Given the weights of the legacy model, it computes the
+same outputs. The table is open: an entry for a model of your own can be added to `LEGACY_MODELS`.
 """
 
 from __future__ import annotations
