@@ -50,9 +50,9 @@ class Adapter(ABC):
         """
 
     @property
-    @abstractmethod
     def conservative(self) -> bool:
-        """Whether the backbone is set up for forces that are the negative gradient of the energy."""
+        """Whether the backbone is set up for forces that are the negative gradient of the energy. False by default."""
+        return False
 
     def skip_energy_readout(self) -> AbstractContextManager[None]:
         """While entered, a pass runs in which no output is read but the vectors of `vector_head` and `scalars`.

@@ -91,7 +91,7 @@ def register_adapter(cls: type[registry.Adapter]) -> type[registry.Adapter]:
     used = [name for name in (*_RENAMED, *_LEGACY) if _overridden(cls, name)]
     if used and not issubclass(cls, Adapter):
         raise TypeError(
-            f"{cls.__name__}: {', '.join(used)}: the adapter has members of these names no more. "
+            f"{', '.join(f'{cls.__name__}.{name}' for name in used)}: former names of an adapter's members. "
             f"{'; '.join(f'{former} is now {now}' for former, now in _RENAMED.items())}; {', '.join(_LEGACY)} are now "
             "entries of fairchem_scd.fairchem1.legacy_models.LEGACY_MODELS"
         )
