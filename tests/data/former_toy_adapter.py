@@ -2,10 +2,9 @@
 
 from contextlib import ExitStack, contextmanager
 
-from toy import ToyBackbone, ToyForces
-
 from fairchem_scd.backbones import Adapter, register_adapter
 from fairchem_scd.backbones.hooks import hooked
+from toy import ToyBackbone, ToyForces
 
 
 @register_adapter
