@@ -182,8 +182,8 @@ class Adapter(ABC):
     def _cannot(self, what: str) -> ConfigError:
         return ConfigError(
             f"task.denoising.scd: {type(self).__name__}, the adapter of {self.names[0]}, does not say how to {what}; "
-            "it needs scalar_channels, scalars, element_embeddings, blocks (whose number is num_modulated) and "
-            "modulated: see docs/adding-a-backbone.md. With condition: [] nothing is embedded"
+            "it needs scalar_channels, scalars, element_embeddings, blocks and modulated: see "
+            "docs/adding-a-backbone.md. With condition: [] nothing is embedded"
         )
 
 

@@ -29,8 +29,8 @@ class ESCNAdapter(Fairchem1Adapter):
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__(backbone)
-        # The energy block of the legacy model, which the host's backbone still builds and only its energy head takes
-        # out. Where there is no such head the block would be trained, and never have a gradient.
+        # The host's backbone still builds the energy block of the legacy model, and the energy head takes it out. In a
+        # model without that head its parameters would never have a gradient.
         backbone.energy_block = None
 
     def vector_head(self) -> nn.Module:

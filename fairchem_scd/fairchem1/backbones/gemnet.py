@@ -123,8 +123,8 @@ class GemNetOCAdapter(_GemNetAdapter):
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__(backbone)
-        # Output layers of the legacy model, which the host's backbone still builds and only its heads take out. Where
-        # there are no such heads the layers would be trained, and never have a gradient.
+        # The host's backbone still builds the output layers of the legacy model, and its heads take them out. Without
+        # these heads the parameters of the layers would never have a gradient.
         for name in _LEGACY_OUTPUTS:
             if hasattr(backbone, name):
                 setattr(backbone, name, None)

@@ -28,8 +28,8 @@ class PaiNNAdapter(Fairchem1Adapter):
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__(backbone)
-        # Output layers of the legacy model, which the host's backbone still builds and only its heads take out. Where
-        # there are no such heads the layers would be trained, and never have a gradient.
+        # The host's backbone still builds the output layers of the legacy model, and its heads take them out. Without
+        # these heads the parameters of the layers would never have a gradient.
         backbone.out_energy = backbone.out_forces = None
 
     @classmethod
