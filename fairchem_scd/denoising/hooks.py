@@ -102,6 +102,9 @@ class RecomputeInContext:
             return self.run(*args, **kwargs)
 
 
+Again = RecomputeInContext  # its former name, for adapters outside this package
+
+
 class StateOfPass(Generic[State]):
     """What a backbone stores in itself during a pass and overwrites in the next, such as the rotations of its edges.
 
