@@ -1,180 +1,197 @@
-"""The shape of a backbone adapter, and the registry of them."""
+"""What a backbone must answer so that denoising tasks can train it, and the registry of those that answer.
+
+Nothing here depends on a host. What the backbones of one host have in common, such as the names of their arguments, is
+in that host's package.
+"""
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.conditions import BoundModulation
+from fairchem_scd.denoising.hooks import RecomputeInContext, StateOfPass, replaced
 from fairchem_scd.errors import ConfigError
 
 
 class Adapter(ABC):
-    """What the package must know of one host backbone class.
+    """The answers of one class of backbones. An object of it belongs to one backbone.
+
+    Every adapter says how the backbone predicts vectors. For SCD it also says which features are embedded and which
+    blocks a condition modulates (`scalar_channels`, `scalars`, `blocks`, `modulated`, `element_embeddings`); for DeNS
+    where forces are added to the atoms' features (`encoding_spec`, `encoded`). A task whose questions have no answer is
+    refused with the reason.
 
     Class attributes:
-        host_class: the backbone class, matched exactly: a subclass may compute something else.
-        names: the names the host registers it under.
-        one_piece: legacy models of backbone and heads in one, by name, that this backbone is the hydra twin of,
-            each with the twin's heads.
-        moved: modules of those models that lie in one of the twin's heads, and in which.
-        dropped: arguments of those models that the twin has no use for, with the only value that loses nothing.
-        vectors_need_forces: `vector_head` works only in a backbone that was built with regress_forces.
-        lone_structures: the backbone runs batches in which a structure has no edge, though another has.
-        elements_key: the argument that sizes its table of elements; None: it cannot be changed.
+        host_class: the class of the backbones. Subclasses of it do not count, since they may compute something else.
+        names: the names by which configs call it.
     """
 
     host_class: ClassVar[type[nn.Module]]
     names: ClassVar[tuple[str, ...]]
-    legacy_heads: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
-    moved: ClassVar[Mapping[str, str]] = {"energy_block": "energy", "force_block": "forces"}
-    dropped: ClassVar[Mapping[str, Any]] = {}
-    vectors_need_forces: ClassVar[bool] = True
-    runs_lone_structures: ClassVar[bool] = True
-    elements_key: ClassVar[str | None] = "max_num_elements"
 
     def __init__(self, backbone: nn.Module) -> None:
         self.backbone = backbone
 
-    @classmethod
-    def check(cls, config: Mapping[str, Any]) -> None:
-        """Raise ConfigError where the backbone's arguments rule out denoising. Called before the model is built."""
-        if cls.vectors_need_forces and config.get("regress_forces", True) is False:
-            raise ConfigError("model.backbone.regress_forces is false: denoising predicts vectors; set it to true")
-        if config.get("otf_graph", True) is False:
-            raise ConfigError(
-                "model.otf_graph is false: a corrupted structure needs a graph of its own, "
-                "not the data's; set otf_graph to true"
-            )
-        if config.get("use_pbc", True) is False and find_spec("torch_cluster") is None:
-            raise ConfigError(
-                "model.backbone.use_pbc is false: graphs without periodic boundaries need torch_cluster, which is not "
-                "installed; set it to true and give the data a large cell or pbc: False (docs/molecules.md)"
-            )
-
-    @classmethod
-    def check_heads(cls, config: Mapping[str, Any], heads: Mapping[str, Mapping[str, Any]]) -> None:
-        """Raise ConfigError where heads leave parts of a backbone with those arguments without a gradient."""
-        return
-
-    @classmethod
-    def hydra_heads(cls, name: str, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """The heads of the hydra twin of the one-piece model `name` with those arguments."""
-        return copy.deepcopy(dict(cls.legacy_heads[name]))
+    # --- vectors, energies and forces ---------------------------------------------------------------------------------
 
     @abstractmethod
     def vector_head(self) -> nn.Module:
-        """Another instance of the backbone's own direct force head: (data, embedding) → {name: [N, 3]}.
+        """A new head, called with (data, embedding), that returns {any name: [N, 3] one vector for each atom}.
 
-        Where it has none, an EdgeVectorHead.
+        It predicts the noise. It is a new instance of the class that predicts direct forces from this backbone, or an
+        EdgeVectorHead where there is none.
         """
-
-    @property
-    def encoding_spec(self) -> dict[str, Any]:
-        """`lmax_list`, `channels` and `bound` for a ForceEncoding of this backbone.
-
-        Raises:
-            ConfigError: its atoms have no features that turn with the structure.
-        """
-        raise self.cannot_condition_on_forces()
-
-    @classmethod
-    def cannot_condition_on_forces(cls) -> ConfigError | None:
-        """The reason; None if it can."""
-        if cls.encoding_spec is not Adapter.encoding_spec:
-            return None
-        return ConfigError(
-            f"task.denoising: {cls.names[0]} has no vector features that forces could be told by, as dens does and "
-            "scd with condition: [forces]; scd with its default condition and noisy_nodes work there"
-        )
-
-    @property
-    def max_num_elements(self) -> int | None:
-        """One more than the highest atomic number that the backbone knows; None: not known."""
-        return getattr(self.backbone, "max_num_elements", None)
 
     @property
     def conservative(self) -> bool:
-        """Whether forces are the energy's gradient. By the host's rule, for backbones that have the choice."""
-        return self.backbone.regress_forces and not getattr(self.backbone, "direct_forces", True)
+        """Whether the backbone is set up for forces that are the negative gradient of the energy. False by default."""
+        return False
+
+    def skip_energy_readout(self) -> AbstractContextManager[None]:
+        """While entered, a pass runs in which no output is read but the vectors of `vector_head` and `scalars`.
+
+        A conservative backbone need not prepare for derivatives with respect to positions there, and layers that only
+        the energy needs can be left out.
+        """
+        return nullcontext()
 
     def readout(self) -> Iterable[nn.Module]:
-        """Parts of the backbone that the host's heads alone read: neither vector head nor `scalars`."""
+        """Parts of the backbone that neither `vector_head` nor `scalars` depends on, but only the host's heads."""
         return ()
 
-    @contextmanager
-    def skip_energy_readout(self) -> Iterator[None]:
-        """While entered, a conservative backbone does not prepare for derivatives by positions."""
-        backbone = self.backbone
-        switches = [name for name in ("regress_forces", "regress_stress") if getattr(backbone, name, False)]
-        switches = switches if self.conservative else []
-        for name in switches:
-            setattr(backbone, name, False)
-        try:
-            yield
-        finally:
-            for name in switches:
-                setattr(backbone, name, True)
+    # --- features -----------------------------------------------------------------------------------------------------
 
     @property
     def scalar_channels(self) -> int:
-        """Number C of l = 0 features of an atom, all resolutions together."""
+        """Number C of l = 0 features of an atom, of all resolutions together."""
         raise self._cannot("embed")
+
+    def scalars(self, embedding: Any) -> Tensor:
+        """[N, C] l = 0 features of the atoms after the last block, from what the backbone's forward returned."""
+        raise self._cannot("embed")
+
+    def element_embeddings(self) -> Iterable[nn.Module]:
+        """The modules that turn an atom's element into its first features. They are frozen in pre-training."""
+        raise self._cannot("embed elements")
+
+    # --- the condition of SCD -----------------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks that a condition can modulate, in the order in which they run."""
+        raise self._cannot("modulate")
 
     @property
     def num_modulated(self) -> int:
         """Number of blocks that a condition can modulate."""
-        raise self._cannot("modulate")
+        return len(self.blocks)
 
-    def scalars(self, embedding: Any) -> Tensor:
-        """[N, C] final l = 0 features, of what the backbone's forward returned."""
-        raise self._cannot("embed")
+    def modulated(self, block: nn.Module, index: int, modulation: BoundModulation) -> AbstractContextManager[None]:
+        """While entered, a block is modulated.
 
-    def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> AbstractContextManager[None]:
-        """While entered, a pass runs: every block that can be modulated calls `given.scalars` and `given.update`.
-
-        What the host runs again in backward must run as it first did, whatever was run since.
+        The block's message part gets `modulation.scalars(index, x)` in place of its l = 0 features x [n, C], after the
+        norm where there is one; of the update dx [n, C] that it computes from them, `modulation.update(index, dx)`
+        is added to the residual stream. Each call of the former is followed by one of the latter. What the residual
+        stream itself carries stays as it is.
 
         Args:
-            given: the modulation; None: no condition, and no trace.
+            block: one of `blocks`.
+            index: its place there.
+            modulation: the condition of each atom in this pass.
+        """
+        raise self._cannot("modulate")
+
+    # --- the condition of DeNS ----------------------------------------------------------------------------------------
+
+    @property
+    def encoding_spec(self) -> dict[str, Any]:
+        """The arguments `lmax_list`, `channels` and `bound` of a ForceEncoding for this backbone.
+
+        Raises:
+            ConfigError: the atoms have no features that rotate with the structure.
+        """
+        raise self.cannot_condition_on_forces()
+
+    def encoded(self, encoding: Tensor) -> AbstractContextManager[None]:
+        """While entered, `encoding` [N, Σ(lmax+1)², C] is added to the atoms' features before the first block."""
+        raise NotImplementedError(f"{type(self).__name__} has an encoding_spec, and so needs encoded")
+
+    @classmethod
+    def cannot_condition_on_forces(cls) -> ConfigError | None:
+        """The reason why forces cannot be a condition of this backbone; None if they can."""
+        if cls.encoding_spec is not Adapter.encoding_spec:
+            return None
+        return ConfigError(
+            f"task.denoising: {cls.names[0]} has no vector features, which dens and scd with condition: [forces] need "
+            "to pass forces to the model; scd with its default condition and noisy_nodes work there"
+        )
+
+    # --- a pass -------------------------------------------------------------------------------------------------------
+
+    def recomputed(self, heads: Iterable[nn.Module]) -> Iterable[tuple[nn.Module, str]]:
+        """Where the host hands modules to activation checkpointing, which runs them again in backward.
+
+        Args:
+            heads: the heads that run in the pass.
+
+        Returns:
+            Pairs of an object and the name of its attribute that holds such a module, or a ModuleList of them.
+        """
+        return ()
+
+    def state_of_pass(self) -> StateOfPass[Any] | None:
+        """What the `recomputed` modules read from the backbone and the next pass overwrites; None: nothing."""
+        return None
+
+    @contextmanager
+    def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> Iterator[None]:
+        """While entered, one pass runs, with all blocks modulated.
+
+        Modules that activation checkpointing runs again in backward, after this context was left and other passes were
+        run, compute there what they computed in this pass.
+
+        Args:
+            modulation: the condition of each atom; None: there is no condition, and nothing is changed.
             heads: the heads that run in this pass.
         """
+        contexts: dict[Any, Callable[[], AbstractContextManager[None]]] = {}
         if modulation is not None:
-            raise self._cannot("modulate")
-        return nullcontext()
+            contexts = {block: partial(self.modulated, block, i, modulation) for i, block in enumerate(self.blocks)}
+        state = self.state_of_pass()
 
-    def element_embeddings(self) -> Iterable[nn.Module]:
-        """What turns an atom's element into its first features; frozen in pre-training."""
-        raise self._cannot("embed elements")
+        def stand_in(run: Callable[..., Any]) -> RecomputeInContext:
+            entered = [] if state is None else [state.restored]
+            return RecomputeInContext(run, *entered, *([contexts.pop(run)] if run in contexts else []))
 
-    def set_drop_path(self, rate: float) -> None:
-        """Set the drop-path rate of every block."""
-        raise ConfigError(f"task.denoising.drop_path: {self.names[0]} has no drop path; leave it out")
+        with ExitStack() as stack:
+            for owner, name in list(self.recomputed(heads)):
+                module = getattr(owner, name)
+                several = isinstance(module, nn.ModuleList)
+                stack.enter_context(replaced(owner, name, [*map(stand_in, module)] if several else stand_in(module)))
+            for context in contexts.values():  # of the blocks that run once
+                stack.enter_context(context())
+            yield
 
     def _cannot(self, what: str) -> ConfigError:
         return ConfigError(
             f"task.denoising.scd: {type(self).__name__}, the adapter of {self.names[0]}, does not say how to {what}; "
-            "it needs scalar_channels, num_modulated, scalars, in_pass and element_embeddings (see "
-            "fairchem_scd.backbones.Adapter). With condition: [] nothing is embedded"
+            "it needs scalar_channels, scalars, element_embeddings, blocks and modulated: see "
+            "docs/adding-a-backbone.md. With condition: [] nothing is embedded"
         )
-
-    def encoded(self, encoding: Tensor) -> AbstractContextManager[None]:
-        """While entered, add `encoding` [N, Σ(lmax+1)², C] to the node embedding before the first block."""
-        raise NotImplementedError(f"{type(self).__name__} has an encoding_spec, and so needs encoded")
 
 
 _ADAPTERS: dict[type[nn.Module], type[Adapter]] = {}
 
 
 def register_adapter(cls: type[Adapter]) -> type[Adapter]:
-    """Make an adapter known for its `host_class`."""
+    """Make an adapter known for its `host_class`. It replaces the one that was known for it before, if any."""
     _ADAPTERS[cls.host_class] = cls
     return cls
 
@@ -185,24 +202,27 @@ def adapters() -> Sequence[type[Adapter]]:
 
 
 def known_backbones() -> list[str]:
-    """Names of the host backbones that have an adapter."""
+    """Names of the backbones that have an adapter."""
     return sorted(name for cls in adapters() for name in cls.names)
 
 
 def adapter_class(host_class: type[nn.Module]) -> type[Adapter]:
-    """The adapter of a backbone class.
+    """The adapter of a class of backbones.
+
+    Where none is registered, the modules are imported that installed packages name under the entry point
+    `fairchem_scd.adapters`.
 
     Raises:
         ConfigError: there is none; the message lists the known backbones and says how to add one.
     """
     if host_class not in _ADAPTERS:
-        for found in entry_points(group="fairchem_scd.adapters"):  # of other packages
+        for found in entry_points(group="fairchem_scd.adapters"):
             found.load()
     if host_class not in _ADAPTERS:
         raise ConfigError(
             f"model.backbone: no adapter for {host_class.__module__}.{host_class.__qualname__}; "
             f"known backbones: {', '.join(known_backbones())}. "
-            "To add one, subclass fairchem_scd.backbones.Adapter: see docs/adding-a-backbone.md."
+            "To add one, write an adapter for it: see docs/adding-a-backbone.md."
         )
     return _ADAPTERS[host_class]
 

@@ -1,4 +1,4 @@
-"""A vector head for backbones that predict no vectors, or none with weights of their own."""
+"""A vector head for backbones whose edges have features: those that have no head for direct forces."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 
 class EdgeVectorHead(nn.Module):
-    """A vector of each atom: the sum over its edges of a scalar of the edge's features times the edge's direction.
+    """Predicts a vector for each atom: Σ over its edges of MLP(features of the edge) · direction of the edge.
 
-    It turns with the structure, and knows no order of atoms or edges.
+    The vectors rotate with the structure, and do not depend on the order of atoms or edges.
 
     Args:
         channels: number C of features of an edge.
     """
 
-    use_amp = False  # fairchem's heads say so
+    use_amp = False  # hosts and passes run a head without autocast where it says so
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.scalar = nn.Sequential(
-            nn.LayerNorm(channels),  # hosts leave the size of an edge's features to scale factors, or to nothing
+            nn.LayerNorm(channels),  # the size of edge features differs from backbone to backbone
             nn.Linear(channels, channels),
             nn.SiLU(),
             nn.Linear(channels, 1, bias=False),
@@ -32,8 +32,8 @@ class EdgeVectorHead(nn.Module):
 
         Args:
             data: a batch of N atoms.
-            emb: of E edges the features `edge_embedding` [E, C], the unit vectors to their targets `edge_vec` [E, 3],
-                and the targets `edge_idx` [E].
+            emb: what the backbone returned. Of its E edges it has the features `edge_embedding` [E, C], the unit
+                vectors towards their target atoms `edge_vec` [E, 3], and the numbers of these atoms `edge_idx` [E].
 
         Returns:
             {"vectors": [N, 3]}.

@@ -12,6 +12,7 @@ from types import ModuleType
 
 _MOVED = {
     "fairchem_scd.backbones": "fairchem_scd.fairchem1.backbones",
+    "fairchem_scd.backbones.base": "fairchem_scd.fairchem1.backbones",
     "fairchem_scd.backbones.edge_vector": "fairchem_scd.denoising.edge_vector",
     "fairchem_scd.backbones.hooks": "fairchem_scd.denoising.hooks",
     "fairchem_scd.checkpoint": "fairchem_scd.fairchem1.checkpoint",
@@ -21,9 +22,14 @@ _MOVED = {
     "fairchem_scd.trainers": "fairchem_scd.fairchem1.trainer",
 }
 
+# Modules whose former names hold other objects than the new ones: those that code written for the former ones needs.
+_AS_BEFORE = dict.fromkeys(
+    ("fairchem_scd.backbones", "fairchem_scd.backbones.base"), "fairchem_scd.fairchem1.backbones.former"
+)
+
 
 class FormerNames(MetaPathFinder, Loader):
-    """Finds a module under its former name. What it holds are the very objects of the module under its new name."""
+    """Finds a module under its former name. It holds the same objects as the module under its new name, see above."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -36,7 +42,7 @@ class FormerNames(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         now = _MOVED[module.__name__]
         warnings.warn(f"{module.__name__} is now {now}", DeprecationWarning, stacklevel=2)
-        moved = importlib.import_module(now)
+        moved = importlib.import_module(_AS_BEFORE.get(module.__name__, now))
         module.__doc__, module.__getattr__ = moved.__doc__, lambda name: getattr(moved, name)
 
 

@@ -1,4 +1,4 @@
-"""Models in other words: legacy one-piece models and the host's own DeNS models, turned into their hydra twins."""
+"""Turns the model block of a config into one for DenoisingHydra: legacy models and the host's own DeNS models too."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from fairchem.core.models.equiformer_v2.equiformer_v2_dens import (
 from fairchem.core.models.esen import esen_dens
 
 from fairchem_scd.errors import ConfigError
-from fairchem_scd.fairchem1.backbones import Adapter, adapter_class, adapters, known_backbones
+from fairchem_scd.fairchem1.backbones import adapter_class, known_backbones
+from fairchem_scd.fairchem1.legacy_models import LEGACY_MODELS, WITHOUT_HYDRA
 
 HYDRA = "fairchem_scd.DenoisingHydra"
-"""The dotted name a checkpoint stores: it loads wherever this package is installed."""
+"""The name under which checkpoints store the model. It is dotted, so that the host can import the model by it."""
 
-# The host's DeNS modules, and the plain ones they are copies of.
+# The host's DeNS modules, and the names of the plain modules that they extend.
 _PLAIN = {
     EqV2DeNSBackbone: "equiformer_v2_backbone",
     DeNSScalarHead: "equiformerV2_scalar_head",
@@ -32,23 +33,22 @@ _PLAIN = {
     esen_dens.MLP_EFS_Head: "esen_mlp_efs_head",
     esen_dens.Linear_Force_Head_DeNS: "esen_linear_force_head",
 }
-_WITHOUT_HYDRA_BACKBONE = {"schnet", "scn", "gp_gemnet_t", "escn_export"}
-# Arguments of the DeNS models that are settings of the task here.
+# Arguments of the host's DeNS models, and the settings of the dens task that say the same.
 _TASK_SETTINGS = {"use_force_encoding": "force_encoding", "use_noise_schedule_sigma_encoding": "sigma_encoding"}
 
 
 def to_hydra(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Turn a host model block into one for DenoisingHydra.
+    """Turn a model block of the host into one for DenoisingHydra.
 
     Args:
-        model: the `model` block: a hydra, or a legacy one-piece model that has a hydra twin.
+        model: the `model` block: a hydra, or a legacy model of `LEGACY_MODELS`.
 
     Returns:
-        The block of the hydra twin under this package's model name, and what the block said of DeNS, in the words of
-        the `dens` settings.
+        The block of the hydra, under this package's model name; and the settings of the `dens` task that follow from
+        the host's DeNS modules in it.
 
     Raises:
-        ConfigError: a model without a twin, or one that the twin cannot reproduce.
+        ConfigError: there is no hydra that equals the model, or its backbone cannot be trained with denoising.
     """
     model = copy.deepcopy(dict(model))
     name = model.get("name")
@@ -62,38 +62,33 @@ def to_hydra(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def hydra_key(key: str) -> str:
-    """The name a weight of a one-piece model has in its hydra twin."""
-    moved = {prefix: head for cls in adapters() for prefix, head in cls.moved.items()}
+    """The name that a weight of a legacy model has in the hydra that equals it."""
+    moved = {module: head for legacy in LEGACY_MODELS.values() for module, head in legacy.moved.items()}
     head = moved.get(key.partition(".")[0])
     return f"backbone.{key}" if head is None else f"output_heads.{head}.{key}"
 
 
-def _adapter_of(name: str | None) -> type[Adapter]:
-    """The adapter of a one-piece model's hydra twin. Raises ConfigError if there is none."""
-    adapter = next((cls for cls in adapters() if name in cls.legacy_heads), None)
-    if adapter is None:
-        legacy = sorted(n for cls in adapters() for n in cls.legacy_heads)
-        why = ": fairchem has no hydra backbone of it" if name in _WITHOUT_HYDRA_BACKBONE else ""
+def _legacy_to_hydra(name: str | None, model: dict[str, Any]) -> dict[str, Any]:
+    if name not in LEGACY_MODELS:
+        why = ": fairchem has no hydra backbone of it" if name in WITHOUT_HYDRA else ""
         raise ConfigError(
             f"model.name: '{name}' cannot be trained with denoising{why}; use 'hydra' with one of the backbones "
-            f"{', '.join(known_backbones())}, or one of the one-piece models {', '.join(legacy)}"
+            f"{', '.join(known_backbones())}, or one of the legacy models {', '.join(sorted(LEGACY_MODELS))}"
         )
-    return adapter
-
-
-def _legacy_to_hydra(name: str | None, model: dict[str, Any]) -> dict[str, Any]:
-    adapter = _adapter_of(name)
+    legacy = LEGACY_MODELS[name]
     backbone = {key: value for key, value in model.items() if key != "name"}
-    heads = adapter.hydra_heads(name, backbone)
-    adapter.check(backbone)
-    for key, lossless in adapter.dropped.items():
-        if backbone.pop(key, lossless) != lossless:
-            raise ConfigError(f"model.{key}: the hydra twin of '{name}' knows only {lossless!r}")
-    if backbone.get("activation_checkpoint") and adapter.names == ("escn_backbone",):
-        logging.warning("model.activation_checkpoint has no effect: the host's escn_backbone ignores it")
-    logging.info("model '%s' is trained as its hydra twin, backbone %s", name, adapter.names[0])
+    heads = legacy.heads(backbone)
+    for key, value in legacy.dropped.items():
+        if backbone.pop(key, value) != value:
+            raise ConfigError(
+                f"model.{key}: '{name}' is trained as a hydra, which does not have this option; set it to {value!r}"
+            )
+    for key in legacy.without_effect:
+        if backbone.get(key):
+            logging.warning("model.%s has no effect: the host's %s ignores it", key, legacy.backbone)
+    logging.info("model '%s' is trained as the hydra that equals it, with the backbone %s", name, legacy.backbone)
     return {
-        "backbone": {"model": adapter.names[0], **backbone},
+        "backbone": {"model": legacy.backbone, **backbone},
         "heads": heads,
         # The collater reads this one at the top of the block.
         "otf_graph": True,
@@ -103,7 +98,7 @@ def _legacy_to_hydra(name: str | None, model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_modules(model: dict[str, Any]) -> dict[str, Any]:
-    """Replace the host's DeNS modules by plain ones, in place; return what they said in the words of `dens`."""
+    """Replace the host's DeNS modules by plain ones, in place, and return the settings of `dens` that follow."""
     dens = {}
     backbone = model.get("backbone") or {}
     if "model" in backbone:
@@ -123,10 +118,10 @@ def _plain_modules(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_name(name: str) -> str:
-    """The plain twin's name, for the host's DeNS modules by whatever name, short or dotted."""
+    """The name of the plain module, for a DeNS module of the host by its short or its dotted name."""
     try:
         return _PLAIN.get(registry.get_model_class(name), name)
-    except RuntimeError:  # not the host's; said in better words where it matters
+    except RuntimeError:  # not a name that the host knows: a clear error follows where the module is needed
         return name
 
 
@@ -139,9 +134,8 @@ def _check_backbone(model: dict[str, Any]) -> None:
     except RuntimeError:
         known = ", ".join(known_backbones())
         raise ConfigError(f"model.backbone.model: unknown '{backbone['model']}'; known backbones: {known}") from None
-    adapter: type[Adapter] = adapter_class(host_class)
+    adapter = adapter_class(host_class)
     otf_graph = model.setdefault("otf_graph", True)
     adapter.check({"otf_graph": otf_graph, **backbone})
     adapter.check_heads(backbone, model.get("heads") or {})
-    # eSCN's own default is the data's graph.
-    backbone["otf_graph"] = True
+    backbone["otf_graph"] = True  # the default of eSCN's backbone is false

@@ -1,5 +1,10 @@
 """What must hold for a backbone with an adapter and for a task, as tests: of this package's own, and of anybody's."""
 
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
 from fairchem_scd.testing.backbone_claims import BackboneClaims
 from fairchem_scd.testing.support import (
     BOTH,
@@ -39,3 +44,10 @@ __all__ = [
     "training_config",
     "with_conditioned",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "told":  # a former name
+        warnings.warn("fairchem_scd.testing.told is now with_conditioned", DeprecationWarning, stacklevel=2)
+        return with_conditioned
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What claims and tests share: sample structures, small models, configs, ranks."""
+"""What claims and tests share: sample structures, configs, trainers, ranks, plans, gradients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BOTH = {"scd": {"prob": 0.5}, "noisy_nodes": {"prob": 0.5}}
 
 
 def slabs(count: int, seed: int = 0, systems: int = 6) -> list[Any]:
-    """Labelled sample structures, as rows of a dataset whose keys are already mapped."""
+    """Labelled sample structures, as rows of a dataset whose labels have their final names."""
     converter = AtomsToGraphs(r_energy=True, r_forces=True, r_edges=False, r_pbc=True)
     rows = []
     for atoms, sid, fid in emt_slabs(count, seed, systems):
@@ -43,7 +43,7 @@ def slabs(count: int, seed: int = 0, systems: int = 6) -> list[Any]:
 
 
 def crystal(repeats: tuple[int, int, int] = (1, 1, 1)) -> Any:
-    """A strained, rattled ordered alloy in a small cell, as a row."""
+    """A small cell of an ordered alloy, strained and rattled, as a row of a dataset."""
     rng = np.random.default_rng(0)
     scaled = np.array([[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]) + 0.03 * rng.standard_normal((4, 3))
     atoms = Atoms("Cu3Au", scaled_positions=scaled, cell=[[3.8, 0.1, 0], [0, 3.7, 0.2], [0.1, 0, 3.9]], pbc=True)
@@ -125,7 +125,7 @@ def self_supervised(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_trainer(config: dict[str, Any], run_dir: Path, **arguments: Any) -> Any:
-    """A trainer as the host's command line would construct it, without process groups."""
+    """A trainer as the host's command line would make it, without process groups."""
     config = copy.deepcopy(config)
     trainer = registry.get_trainer_class(config["trainer"])
     legacy_names = {"forces": "s2ef", "equiformerv2_forces": "s2ef", "energy": "is2re"}
@@ -149,11 +149,11 @@ def make_trainer(config: dict[str, Any], run_dir: Path, **arguments: Any) -> Any
 
 
 def on_ranks(count: int, folder: Path, action: Callable[[int], Any]) -> list[Any]:
-    """What an action returns on each of some gloo ranks, forked from this process.
+    """What an action returns on each of several gloo ranks, which are forked from this process.
 
     Args:
         count: number of ranks.
-        folder: an empty one, in which they meet.
+        folder: an empty folder, in which the ranks meet and leave their results.
         action: called with the rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def on_ranks(count: int, folder: Path, action: Callable[[int], Any]) -> list[Any
 
 
 def _rank_main(rank: int, count: int, folder: Path, action: Callable[[int], Any]) -> None:
-    gc.freeze()  # the parent's garbage may wait for threads that were not forked
+    gc.freeze()  # collecting the parent's garbage may wait for threads that do not exist in a fork
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
@@ -174,13 +174,13 @@ def _rank_main(rank: int, count: int, folder: Path, action: Callable[[int], Any]
 def plan_of(
     batch: Any, block: Mapping[str, Any], supervised: bool = True, *, task: str = "", step: int = VALIDATION
 ) -> tuple[Plan, Corruption]:
-    """The plan of a step on a batch, and its corruption. In validation every structure is told its embedding.
+    """The plan of a step on a batch, and its corruption. In validation every structure is conditioned on its embedding.
 
     Args:
         batch: from `collate`.
         block: the `task.denoising` block.
         supervised: whether outputs are trained.
-        task: which of the block's; by default its first.
+        task: name of a task of the block; by default its first.
         step: number of the step.
     """
     task = task or next(iter(block))
@@ -190,14 +190,14 @@ def plan_of(
 
 
 def with_conditioned(plan: Plan, value: bool | None) -> Plan:
-    """A plan whose last pass is told, or not told, its embeddings; None: without a condition at all."""
+    """The plan, with every structure of its last pass conditioned or none; None: a pass that has no condition."""
     last = plan.passes[-1]
     changed = replace(last, conditioned=None if value is None else torch.full_like(last.conditioned, value))
     return replace(plan, passes=(*plan.passes[:-1], changed))
 
 
 def stirred(model: DenoisingHydra, scale: float = 1.0, seed: int = 1) -> DenoisingHydra:
-    """The model with its conditions moved away from their initial values, as after training."""
+    """The model, with the weights of its conditions moved away from their initial values, as training would do."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.denoising.named_parameters():

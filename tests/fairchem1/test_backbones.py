@@ -14,6 +14,7 @@ import tests.fairchem1.test_edge_backbones
 from fairchem_scd import ConfigError, DenoisingHydra
 from fairchem_scd.fairchem1.backbones import adapters
 from fairchem_scd.fairchem1.legacy import hydra_key, to_hydra
+from fairchem_scd.fairchem1.legacy_models import LEGACY_MODELS
 from fairchem_scd.testing import SCD, BackboneClaims, collate, gradients
 from tests.support import (
     BACKBONES,
@@ -60,14 +61,14 @@ def test_a_one_piece_painn_is_its_twin_bit_for_bit(rows):
     """Outputs and gradients, of the same weights."""
     arguments = {key: value for key, value in TestPaiNN.backbone.items() if key != "model"}
     torch.manual_seed(0)
-    legacy_heads = registry.get_model_class("painn")(**arguments).train()
+    legacy = registry.get_model_class("painn")(**arguments).train()
     block, _ = to_hydra({"name": "painn", **arguments})
     twin = DenoisingHydra(denoising=SCD, **{key: value for key, value in block.items() if key != "name"}).train()
-    state = {hydra_key(key): value for key, value in legacy_heads.state_dict().items()}
+    state = {hydra_key(key): value for key, value in legacy.state_dict().items()}
     assert set(state) == {key for key in twin.state_dict() if not key.startswith("denoising.")}
     twin.load_state_dict(state, strict=False)
     batch = collate(rows[:3])
-    expected, expected_gradients = gradients(legacy_heads, batch)
+    expected, expected_gradients = gradients(legacy, batch)
     out, found = gradients(twin, batch)
     for key, value in expected.items():
         assert torch.equal(out[key].view(-1), value.view(-1)), key
@@ -108,7 +109,5 @@ def test_the_readme_says_what_works_on_which_backbone():
         assert cells == ["✓" if claims[name][0].conditions_on_forces() else "–", "✓", "✓", "✓"], title
         kinds = {"conservative" if each.ours(SCD).adapter.conservative else "direct" for each in claims[name]}
         assert set(forces.split(", ")) == kinds, title
-        legacy = {
-            old for cls in adapters() if name in cls.names for old in cls.legacy_heads if not old.endswith("_dens")
-        }
+        legacy = {old for old, model in LEGACY_MODELS.items() if model.backbone == name and not old.endswith("_dens")}
         assert set(re.findall(r"`(\w+)`", title)) == {name, *legacy}

@@ -270,7 +270,7 @@ def test_parts_are_graphs_of_their_own(name):
     model, rows = stirred(CLAIMS[name].ours(block)), slabs(8)
     batch = collate([row for row in rows if int((row.tags == 2).sum()) == 2][:2])
     plan, corruption = plan_of(batch, block)
-    assert plan.passes[-1].part is not None
+    assert plan.passes[-1].subset is not None
     out, found = gradients(model, batch, plan)
     assert torch.equal(out[NOISE].any(dim=1), corruption.mask)
     assert all(found[key] is not None for key, p in model.named_parameters() if p.requires_grad)

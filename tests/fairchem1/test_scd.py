@@ -393,10 +393,10 @@ def test_a_mask_token_stands_for_the_condition_in_every_pass(name, options, rows
 def test_a_backbone_whose_adapter_cannot_modulate_is_refused_by_name():
     from fairchem_scd import DenoisingHydra
     from fairchem_scd.denoising.adapter import _ADAPTERS
-    from fairchem_scd.fairchem1.backbones import Adapter, ESCNAdapter, register_adapter
+    from fairchem_scd.fairchem1.backbones import ESCNAdapter, Fairchem1Adapter, register_adapter
     from tests.support import hydra_arguments
 
-    class Bare(Adapter):
+    class Bare(Fairchem1Adapter):
         host_class, names = ESCNAdapter.host_class, ESCNAdapter.names
         encoding_spec, vector_head, encoded = (
             ESCNAdapter.encoding_spec,

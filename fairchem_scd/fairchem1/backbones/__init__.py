@@ -8,6 +8,7 @@ from fairchem_scd.denoising.adapter import (
     known_backbones,
     register_adapter,
 )
+from fairchem_scd.fairchem1.backbones.base import Fairchem1Adapter
 from fairchem_scd.fairchem1.backbones.dimenet_plus_plus import DimeNetPlusPlusAdapter
 from fairchem_scd.fairchem1.backbones.equiformer_v2 import EquiformerV2Adapter
 from fairchem_scd.fairchem1.backbones.escn import ESCNAdapter
@@ -21,6 +22,7 @@ __all__ = [
     "ESCNAdapter",
     "ESENAdapter",
     "EquiformerV2Adapter",
+    "Fairchem1Adapter",
     "GemNetOCAdapter",
     "GemNetTAdapter",
     "PaiNNAdapter",

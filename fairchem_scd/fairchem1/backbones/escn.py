@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 from fairchem.core.models.escn.escn import eSCNBackbone, eSCNForceHead
 from torch import Tensor, nn
 
-from fairchem_scd.denoising.adapter import Adapter, register_adapter
+from fairchem_scd.denoising.adapter import register_adapter
 from fairchem_scd.denoising.conditions import BoundModulation
-from fairchem_scd.denoising.hooks import hooked, with_scalars
-
-_HEADS = {"energy": {"module": "escn_energy_head"}, "forces": {"module": "escn_force_head"}}
+from fairchem_scd.denoising.hooks import changed_inputs, changed_output, with_scalars
+from fairchem_scd.fairchem1.backbones.base import Fairchem1Adapter
 
 
 @register_adapter
-class ESCNAdapter(Adapter):
+class ESCNAdapter(Fairchem1Adapter):
+    """Atoms have spherical-harmonic coefficients [N, Σ(lmax + 1)², C] in one or more resolutions.
+
+    Block 0 takes no part in the residual stream: its output replaces its input.
+    """
+
     host_class = eSCNBackbone
     names = ("escn_backbone",)
-    legacy_heads = {"escn": _HEADS, "escn_dens": _HEADS}
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__(backbone)
-        # Left from the one-piece model. The host's heads take their block out; without them it has no gradient.
+        # The host's backbone still builds the energy block of the legacy model, and the energy head takes it out. In a
+        # model without that head its parameters would never have a gradient.
         backbone.energy_block = None
-
-    @property
-    def encoding_spec(self) -> dict[str, Any]:
-        backbone = self.backbone
-        return {"lmax_list": backbone.lmax_list, "channels": backbone.sphere_channels, "bound": 0.001}
 
     def vector_head(self) -> nn.Module:
         return eSCNForceHead(self.backbone)
@@ -40,51 +40,46 @@ class ESCNAdapter(Adapter):
     def scalar_channels(self) -> int:
         return self.backbone.sphere_channels_all
 
-    @property
-    def num_modulated(self) -> int:
-        return len(self.backbone.layer_blocks) - 1  # block 0 has no residual
-
     def scalars(self, embedding: Any) -> Tensor:
         return embedding["node_embedding"].embedding[:, self._rows].flatten(1)
 
     def element_embeddings(self) -> Iterable[nn.Module]:
         return (self.backbone.sphere_embedding,)
 
-    @contextmanager
-    def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> Iterator[None]:
-        with ExitStack() as stack:
-            if modulation is not None:
-                for i, block in enumerate(self.backbone.layer_blocks[1:]):
-                    stack.enter_context(self._modulated(block, modulation, i))
-            yield
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.backbone.layer_blocks[1:]
 
     @contextmanager
-    def _modulated(self, block: nn.Module, modulation: BoundModulation, index: int) -> Iterator[None]:
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = copy.copy(args[0])  # the residual is to stay as it is
-            x.embedding = with_scalars(x.embedding, self._rows, lambda x: modulation.scalars(index, x))
-            return (x, *args[1:])
+    def modulated(self, block: nn.Module, index: int, modulation: BoundModulation) -> Iterator[None]:
+        def enter(x: Any, *rest: Any) -> tuple[Any, ...]:
+            read = copy.copy(x)  # x itself is the residual stream
+            read.embedding = with_scalars(x.embedding, self._rows, partial(modulation.scalars, index))
+            return (read, *rest)
 
-        def leave(module: nn.Module, args: tuple[Any, ...], update: Any) -> Any:
-            update.embedding = with_scalars(update.embedding, self._rows, lambda x: modulation.update(index, x))
+        def leave(update: Any) -> Any:
+            update.embedding = with_scalars(update.embedding, self._rows, partial(modulation.update, index))
             return update
 
-        with hooked(block.register_forward_pre_hook(enter), block.register_forward_hook(leave)):
+        with changed_inputs(block, enter), changed_output(block, leave):
             yield
+
+    @property
+    def encoding_spec(self) -> dict[str, Any]:
+        backbone = self.backbone
+        return {"lmax_list": backbone.lmax_list, "channels": backbone.sphere_channels, "bound": 0.001}
+
+    def encoded(self, encoding: Tensor) -> AbstractContextManager[None]:
+        # What enters block 0 is the atoms' first features, and nothing else reads them.
+        def add(x: Any, *rest: Any) -> tuple[Any, ...]:
+            x = x.clone()
+            x.embedding = x.embedding + encoding
+            return (x, *rest)
+
+        return changed_inputs(self.backbone.layer_blocks[0], add)
 
     @property
     def _rows(self) -> list[int]:
         """The l = 0 row of each resolution."""
         sizes = [(lmax + 1) ** 2 for lmax in self.backbone.lmax_list]
         return [sum(sizes[:i]) for i in range(len(sizes))]
-
-    @contextmanager
-    def encoded(self, encoding: Tensor) -> Iterator[None]:
-        # Block 0 has no residual: what enters it is the node embedding, and nothing else reads that.
-        def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = args[0].clone()
-            x.embedding = x.embedding + encoding
-            return (x, *args[1:])
-
-        with hooked(self.backbone.layer_blocks[0].register_forward_pre_hook(add)):
-            yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -16,24 +16,28 @@ from fairchem.core.models.gemnet_oc.gemnet_oc import (
 )
 from torch import Tensor, nn
 
-from fairchem_scd.denoising.adapter import Adapter, register_adapter
+from fairchem_scd.denoising.adapter import register_adapter
 from fairchem_scd.denoising.conditions import BoundModulation
 from fairchem_scd.denoising.edge_vector import EdgeVectorHead
-from fairchem_scd.denoising.hooks import hooked, replaced
+from fairchem_scd.denoising.hooks import changed_inputs, changed_output, outputs_of, replaced
 from fairchem_scd.errors import ConfigError
+from fairchem_scd.fairchem1.backbones.base import Fairchem1Adapter
 
 
-class _GemNetAdapter(Adapter):
-    """What both have: atoms' features h, which edges read and which are updated from edges."""
+class _GemNetAdapter(Fairchem1Adapter):
+    """What both have in common: features h of atoms, which edges read, and which edges update.
 
-    moved = {}
+    Class attributes:
+        energy_head: the host's head for the energy, and for forces where they are its gradient.
+    """
+
     vectors_need_forces = runs_lone_structures = False
     elements_key = "num_elements"
     energy_head: ClassVar[type[nn.Module]]
 
     @classmethod
     def check_heads(cls, config: Mapping[str, Any], heads: Mapping[str, Mapping[str, Any]]) -> None:
-        # The blocks that direct forces are read from belong to the backbone.
+        # Layers that only direct forces need belong to the backbone.
         modules = {registry.get_model_class(head["module"]) for head in heads.values() if "module" in head}
         if config.get("direct_forces", False) and modules == {cls.energy_head}:
             raise ConfigError(
@@ -41,20 +45,26 @@ class _GemNetAdapter(Adapter):
                 "have no gradient; set it to false for energies alone, or add the force head"
             )
 
+    @property
+    def max_num_elements(self) -> int:
+        return self.backbone.atom_emb.embeddings.num_embeddings + 1  # the table begins with hydrogen
+
     def vector_head(self) -> nn.Module:
         return EdgeVectorHead(self.backbone.edge_emb.dense.linear.out_features)
 
-    @property
-    def max_num_elements(self) -> int:
-        return self.backbone.atom_emb.embeddings.num_embeddings + 1  # its table begins with hydrogen
+    @contextmanager
+    def skip_energy_readout(self) -> Iterator[None]:
+        # The output blocks have layers on edges, and take about a tenth of a pass.
+        no_outputs = [lambda *_: (0, 0)] * len(self.backbone.out_blocks)
+        with super().skip_energy_readout(), replaced(self.backbone, "out_blocks", no_outputs):
+            yield
+
+    def readout(self) -> Iterable[nn.Module]:
+        return (self.backbone.out_blocks, self.backbone.mlp_rbf_out)
 
     @property
     def scalar_channels(self) -> int:
         return self.backbone.atom_emb.emb_size
-
-    @property
-    def num_modulated(self) -> int:
-        return len(self.backbone.int_blocks)
 
     def scalars(self, embedding: Any) -> Tensor:
         return embedding["node_embedding"]
@@ -62,25 +72,19 @@ class _GemNetAdapter(Adapter):
     def element_embeddings(self) -> Iterable[nn.Module]:
         return (self.backbone.atom_emb,)
 
-    def readout(self) -> Iterable[nn.Module]:
-        return (self.backbone.out_blocks, self.backbone.mlp_rbf_out)
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.backbone.int_blocks
 
     @contextmanager
-    def skip_energy_readout(self) -> Iterator[None]:
-        # Nobody reads these, and they have layers on edges: some tenth of a pass.
-        nothing = [lambda *_: (0, 0)] * len(self.backbone.out_blocks)
-        with super().skip_energy_readout(), replaced(self.backbone, "out_blocks", nothing):
-            yield
-
-    @contextmanager
-    def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> Iterator[None]:
-        blocks = self.backbone.int_blocks
-        # Atoms tell edges their features at the end of a block, for the next one.
-        readers = [self.backbone.edge_emb, *(block.concat_layer for block in blocks[:-1])]
-        with ExitStack() as stack:
-            if modulation is not None:
-                for i, (reader, block) in enumerate(zip(readers, blocks, strict=True)):
-                    stack.enter_context(_modulated(reader, block.atom_update, modulation, i))
+    def modulated(self, block: nn.Module, index: int, modulation: BoundModulation) -> Iterator[None]:
+        # A block's edges read the atoms' features before the block begins: in the layer that first makes the edges'
+        # features, or at the end of the block before.
+        reader = self.backbone.edge_emb if index == 0 else self.backbone.int_blocks[index - 1].concat_layer
+        with (
+            changed_inputs(reader, lambda h, *rest: (modulation.scalars(index, h), *rest)),
+            changed_output(block.atom_update, lambda update: modulation.update(index, update)),
+        ):
             yield
 
 
@@ -88,38 +92,42 @@ class _GemNetAdapter(Adapter):
 class GemNetTAdapter(_GemNetAdapter):
     host_class, energy_head = GemNetTBackbone, GemNetTEnergyAndGradForceHead
     names = ("gemnet_t_backbone",)
-    legacy_heads = {"gemnet_t": {"energy": {"module": "gemnet_t_energy_and_grad_force_head"}}}
-
-    @classmethod
-    def hydra_heads(cls, name: str, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        heads = super().hydra_heads(name, arguments)
-        if arguments.get("direct_forces", False):
-            heads["forces"] = {"module": "gemnet_t_force_head"}
-        return heads
 
     @contextmanager
     def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> Iterator[None]:
-        # Diatomic parts have no triplets, which the host cannot sum: one of zeros, through which all has a gradient.
-        def one_at_least(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            (radial, angular), edges, _, place = args
-            if len(edges):
-                return None
-            first = place.new_zeros(1)
-            zeros = angular.new_zeros(*angular.shape[:2], 1)
-            return (radial, zeros), edges.sum(dim=0, keepdim=True), first, first
+        # A graph without triplets, as of a part of two atoms, ends in an error of the host's sum over triplets. It gets
+        # one triplet whose features are zero, through which every parameter has a gradient.
+        def at_least_one(
+            basis: tuple[Tensor, Tensor], features: Tensor, edge: Tensor, place: Tensor
+        ) -> tuple[Any, ...]:
+            if len(features):
+                return basis, features, edge, place
+            radial, angular = basis
+            zeros, first = angular.new_zeros(*angular.shape[:2], 1), place.new_zeros(1)
+            return (radial, zeros), features.sum(dim=0, keepdim=True), first, first
 
-        layers = [block.trip_interaction.mlp_cbf for block in self.backbone.int_blocks]
-        hooks = [layer.register_forward_pre_hook(one_at_least) for layer in layers]
-        with hooked(*hooks), super().in_pass(modulation, heads):
+        with ExitStack() as stack:
+            for block in self.backbone.int_blocks:
+                stack.enter_context(changed_inputs(block.trip_interaction.mlp_cbf, at_least_one))
+            stack.enter_context(super().in_pass(modulation, heads))
             yield
+
+
+_LEGACY_OUTPUTS = ("out_mlp_E", "out_energy", "out_mlp_F", "out_forces")
 
 
 @register_adapter
 class GemNetOCAdapter(_GemNetAdapter):
     host_class, energy_head = GemNetOCBackbone, GemNetOCEnergyAndGradForceHead
     names = ("gemnet_oc_backbone",)
-    legacy_heads = {"gemnet_oc": {"energy": {"module": "gemnet_oc_energy_and_grad_force_head"}}}
-    moved = {"out_mlp_E": "energy", "out_energy": "energy", "out_mlp_F": "forces", "out_forces": "forces"}
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__(backbone)
+        # The host's backbone still builds the output layers of the legacy model, and its heads take them out. Without
+        # these heads the parameters of the layers would never have a gradient.
+        for name in _LEGACY_OUTPUTS:
+            if hasattr(backbone, name):
+                setattr(backbone, name, None)
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
@@ -131,73 +139,35 @@ class GemNetOCAdapter(_GemNetAdapter):
                 "where four atoms lie on a line, as in crystals and slabs; set it to false there"
             )
 
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__(backbone)
-        # Left from the one-piece model. The host's heads take theirs out; without them they have no gradient.
-        for name in self.moved:
-            if hasattr(backbone, name):
-                setattr(backbone, name, None)
-
-    @classmethod
-    def hydra_heads(cls, name: str, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        heads = super().hydra_heads(name, arguments)
-        if arguments.get("direct_forces", False):
-            heads["forces"] = {"module": "gemnet_oc_force_head"}
-        for head in heads.values():
-            head["num_global_out_layers"] = arguments.get("num_global_out_layers", 2)
-            if "output_init" in arguments:
-                head["output_init"] = arguments["output_init"]
-        return heads
-
     def vector_head(self) -> nn.Module:
         if self.backbone.direct_forces:
             return GemNetOCForceHead(self.backbone, num_global_out_layers=2)
         return super().vector_head()
 
-    def readout(self) -> Iterable[nn.Module]:
-        if not self.backbone.direct_forces:
-            return super().readout()
-        # The vector head reads the others.
-        parts = [(block.dense_rbf, block.seq_energy_pre, block.seq_energy2) for block in self.backbone.out_blocks]
-        return [part for block in parts for part in block if part is not None]
-
     @contextmanager
     def skip_energy_readout(self) -> Iterator[None]:
-        if self.backbone.direct_forces:
+        if self.backbone.direct_forces:  # the vector head reads the output blocks
             yield
             return
         with super().skip_energy_readout():
             yield
 
+    def readout(self) -> Iterable[nn.Module]:
+        if not self.backbone.direct_forces:
+            return super().readout()
+        # The layers of the output blocks that belong to the energy. The vector head reads the others.
+        layers = [(block.dense_rbf, block.seq_energy_pre, block.seq_energy2) for block in self.backbone.out_blocks]
+        return [layer for block in layers for layer in block if layer is not None]
+
     @contextmanager
     def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> Iterator[None]:
-        # The host's backbone keeps to itself what it returns in GemNet-T.
-        last: list[Tensor] = []
-
-        def note(module: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> None:
-            last[:] = out
-
-        def add(module: nn.Module, args: tuple[Any, ...], embedding: dict[str, Any]) -> None:
-            embedding["node_embedding"], embedding["edge_embedding"] = last
-
+        # This backbone does not return the last features of atoms and edges, which GemNet-T does return.
         backbone = self.backbone
-        hooks = backbone.int_blocks[-1].register_forward_hook(note), backbone.register_forward_hook(add)
-        with hooked(*hooks), super().in_pass(modulation, heads):
-            yield
+        with outputs_of(backbone.int_blocks[-1]) as last:
 
+            def add(embedding: dict[str, Any]) -> dict[str, Any]:
+                embedding["node_embedding"], embedding["edge_embedding"] = last.pop()
+                return embedding
 
-@contextmanager
-def _modulated(reader: nn.Module, update: nn.Module, modulation: BoundModulation, index: int) -> Iterator[None]:
-    """While entered, modulate what a layer on edges reads of atoms, and the update that the next block makes of edges.
-
-    Nothing else reads what is modulated here: the residual stream of atoms' features stays as it is.
-    """
-
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (modulation.scalars(index, args[0]), *args[1:])
-
-    def leave(module: nn.Module, args: tuple[Any, ...], made: Tensor) -> Tensor:
-        return modulation.update(index, made)
-
-    with hooked(reader.register_forward_pre_hook(enter), update.register_forward_hook(leave)):
-        yield
+            with changed_output(backbone, add), super().in_pass(modulation, heads):
+                yield
