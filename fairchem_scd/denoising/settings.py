@@ -232,18 +232,6 @@ class ScdSettings(_NoiseSettings):
         chosen = {"embed_tags": self.embed_tags, "denoise_tags": self.denoise_tags}
         return {key: tags for key, tags in chosen.items() if tags is not None}
 
-    def std_reg_of(self, supervised: bool) -> float:
-        """`std_reg`, where null depends on whether outputs are trained beside, Å."""
-        if self.std_reg is not None:
-            return self.std_reg
-        return 0.0 if supervised else 0.005
-
-    def coefficient_of(self, supervised: bool) -> float:
-        """`coefficient`, where null depends on whether outputs are trained beside."""
-        if self.coefficient is not None:
-            return self.coefficient
-        return 10.0 if supervised else 1.0
-
 
 class NoisyNodesSettings(Settings):
     """Noisy nodes: unconditioned denoising beside the ordinary loss, on slightly noisy input."""
