@@ -2,8 +2,8 @@
 
     uv run python docs/figures/step_cost.py [OUT]
 
-The figures are those of docs/cost.md, where the commands that measured them are. They are ratios to the plain step of the
-same config: the median of the time with its 95% interval, and the peak memory.
+The figures are those of docs/cost.md, which has the commands that measured them. They are ratios to the plain step of
+the same config: the median of the time with its 95% interval, and the peak memory.
 """
 
 from __future__ import annotations
