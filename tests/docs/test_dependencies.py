@@ -18,8 +18,8 @@ OWN = {"fairchem_scd", "tests", "benchmarks"}
 FOR_THE_HOST = {"scipy", "torch-sparse"}
 # Tools, which are run and not imported.
 TOOLS = {"ruff", "pytest-xdist"}
-# For modules of optional packages, which may not be installed.
-OPTIONAL = {"umap": ["umap-learn"], "pyarrow": ["pyarrow"]}
+# The package of a module that may not be installed, where its name is another than the module's.
+OPTIONAL = {"umap": ["umap-learn"]}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def normalised(name: str) -> str:
 
 
 def providers(module: str) -> set[str]:
-    """The packages of which any brings a module."""
-    return {normalised(name) for name in packages_distributions().get(module, OPTIONAL.get(module, []))}
+    """The packages of which any brings a module; one of the module's name always counts, be it installed or not."""
+    return {normalised(name) for name in (module, *packages_distributions().get(module, OPTIONAL.get(module, [])))}
 
 
 def runtime(project: dict[str, Any]) -> set[str]:
