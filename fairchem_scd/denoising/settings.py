@@ -50,7 +50,7 @@ class _Block(BaseModel):
 class Settings(_Block):
     """Base of every task's settings."""
 
-    prob: Probability | None = Field(None, description="share of the steps; `null`: what the other tasks leave")
+    prob: Probability | None = Field(None, description="share of the steps; `null`: the steps that other tasks leave")
     coefficient: Annotated[Real, Field(ge=0)] = Field(description="weight of the denoising term in the loss")
     all_atoms: bool = Field(False, description="corrupt and denoise fixed atoms too")
 
@@ -59,9 +59,11 @@ class _NoiseSettings(Settings):
     """One σ, or a schedule of them."""
 
     std: PositiveFloat = Field(description="standard deviation σ of the noise, Å")
-    num_steps: Annotated[Count, Field(ge=1)] | None = Field(None, description="schedule: how many σ, evenly in log")
-    std_low: PositiveFloat | None = Field(None, description="schedule: smallest σ, Å")
-    std_high: PositiveFloat | None = Field(None, description="schedule: largest σ, Å")
+    num_steps: Annotated[Count, Field(ge=1)] | None = Field(
+        None, description="noise schedule: number of σ, evenly in log"
+    )
+    std_low: PositiveFloat | None = Field(None, description="noise schedule: smallest σ, Å")
+    std_high: PositiveFloat | None = Field(None, description="noise schedule: largest σ, Å")
 
     @model_validator(mode="after")
     def _schedule_is_whole(self) -> Self:
@@ -105,16 +107,18 @@ class DensSettings(_NoiseSettings):
 
     prob: Probability | None = Field(0.5, description="share of the steps that denoise (p_DeNS)")
     std: PositiveFloat = Field(0.1, description="standard deviation σ of the noise, Å")
-    std_high: PositiveFloat | None = Field(None, description="schedule: largest σ, Å; also the unit of the target")
-    sigma_encoding: bool = Field(False, description="schedule: tell the model each structure's σ")
-    force_encoding: bool = Field(True, description="tell the model the original's forces (`false`: ablation)")
+    std_high: PositiveFloat | None = Field(
+        None, description="noise schedule: largest σ, Å; the target is divided by it"
+    )
+    sigma_encoding: bool = Field(False, description="noise schedule: condition on each structure's σ")
+    force_encoding: bool = Field(True, description="condition on the original's forces (`false`: ablation)")
     corrupt_ratio: PositiveFraction | None = Field(0.5, description="probability that an atom moves; `null`: all move")
     coefficient: Annotated[Real, Field(ge=0)] = Field(10.0, description="weight λ of the denoising term")
     coefficient_decay: Probability | None = Field(
         None, description="λ falls linearly to this share of itself by the last step; `null`: constant"
     )
     train_outputs: tuple[str, ...] = Field(
-        ("energy",), description="outputs, besides forces, that train on corrupted structures (stress does not)"
+        ("energy",), description="outputs, besides forces, that are trained on corrupted structures (stress is not)"
     )
     exclude_md: bool = Field(True, description="never corrupt structures marked `md`")
     min_num_atoms: Annotated[Count, Field(ge=1)] | None = Field(None, description="never corrupt smaller structures")
@@ -125,7 +129,7 @@ class DensSettings(_NoiseSettings):
         None, description="never corrupt a structure whose stress exceeds this (Frobenius norm, the data's unit)"
     )
     strict_max_ratio: PositiveFraction | None = Field(
-        None, description="leave a structure alone when more than this share of its atoms would move"
+        None, description="never corrupt a structure of whose atoms more than this share would move"
     )
     honour_skip_dens: bool = Field(True, description="never corrupt structures marked `skip_dens`")
 
@@ -180,30 +184,35 @@ class ScdSettings(_NoiseSettings):
     loss: NoiseLoss = Field("mse", description="the host's loss function for the noise")
     noise_scale: Literal["std", "running"] | None = Field(
         None,
-        description="what the target is divided by: σ, or the root mean square of all noise so far; `null`: σ, "
-        "with a schedule `running`",
+        description="what the target is divided by: `std`, the σ; or `running`, the root mean square of all noise so "
+        "far; `null`: `std`, and with a noise schedule `running`",
     )
     condition: Conditions = Field(
         frozenset({"self"}),
-        description="what the noisy pass is told: the clean pass's embedding, the original's forces, both or nothing",
+        description="what the noisy pass is conditioned on: `self`, the embedding from the clean pass; `forces`, those "
+        "of the original structure; both or nothing",
     )
-    condition_drop: Probability = Field(0.2, description="probability that a structure is not told its embedding")
+    condition_drop: Probability = Field(
+        0.2, description="probability that a structure is not conditioned on its embedding"
+    )
     null_condition: Literal["identity", "mask_token"] = Field(
         "identity",
-        description="without an embedding: the plain backbone, or the authors' mask token (which ties the model to "
-        "this package)",
+        description="without an embedding: `identity`, the plain backbone; or `mask_token`, the authors' token, with "
+        "which the model always needs this package",
     )
-    stop_gradient_condition: bool = Field(False, description="no gradient through the embedding into the clean pass")
+    stop_gradient_condition: bool = Field(
+        False, description="no gradient flows through the embedding into the clean pass"
+    )
     pool: Literal["sum", "mean"] = Field("sum", description="how atoms are pooled into the embedding")
-    clamp: PositiveFloat = Field(1000.0, description="bound on the elements of the embedding as the blocks see it")
+    clamp: PositiveFloat = Field(1000.0, description="bound on the elements of the condition that the blocks get")
     gate_bound: PositiveFraction = Field(1.0, description="a block's update is scaled within 1 ± this")
     embed_tags: Tags | None = Field(
         None,
-        description="embed the atoms with these tags alone, as a graph of their own, if there are two at least; "
-        "`null`: all",
+        description="embed only the atoms with these tags, as a graph of their own, in structures with two or more of "
+        "them; `null`: all",
     )
     denoise_tags: Tags | None = Field(
-        None, description="denoise the atoms with these tags alone, as a graph of their own; `null`: all"
+        None, description="denoise only the atoms with these tags, as a graph of their own; `null`: all"
     )
 
     @model_validator(mode="after")
@@ -272,9 +281,9 @@ class CellRepeatSettings(_Block):
 
     tries: Annotated[Count, Field(ge=0)] = Field(2, description="how often an axis may be doubled")
     prob: Probability = Field(0.5, description="probability that a try doubles a random periodic axis")
-    min_atoms: Annotated[Count, Field(ge=1)] = Field(4, description="double further until a structure has this many")
+    min_atoms: Annotated[Count, Field(ge=1)] = Field(4, description="double axes until a structure has this many atoms")
     max_atoms: Annotated[Count, Field(ge=1)] = Field(
-        64, description="never double at random beyond this many (ours; the paper has no bound)"
+        64, description="never double at random beyond this many atoms (ours; the paper has no bound)"
     )
 
 
@@ -282,12 +291,13 @@ class DenoisingBlock(_Block):
     """The block's own keys, beside one key a task."""
 
     restart: bool = Field(
-        False, description="count steps from zero when a checkpoint of another kind (plain, say) is given"
+        False,
+        description="count steps from zero when a run starts from a checkpoint of another kind, such as a plain one",
     )
     on_bad_data: Literal["stop", "skip"] = Field(
         "stop",
-        description="a row that cannot be read or trained on ends the run, named, or is left out and counted, and the "
-        "next good one stands in for it; docs/long-runs.md says what counts as bad",
+        description="a row that cannot be read or trained on ends the run, which names it (`stop`), or is counted and "
+        "replaced by the next good row (`skip`); docs/long-runs.md says which rows are bad",
     )
     drop_path: DropPathSettings | None = Field(None, description="a schedule for the backbone's drop path")
     repeat_cells: CellRepeatSettings | None = Field(None, description="repeat small periodic cells in training")

@@ -13,11 +13,13 @@ from fairchem_scd.denoising.task_registry import own_task_classes
 
 _HEAD = """# Settings
 
-Under `task.denoising` of a config. Written by `python -m fairchem_scd.denoising.settings_page` from the settings' own
-descriptions; a test keeps it current.
+Under `task.denoising` of a config. This page is written by `python -m fairchem_scd.denoising.settings_page` from the
+descriptions in the code; a test keeps it current.
 
-A step has at most one task, drawn from (seed, step). A task is on when its block is there, be it `{}`; `null` turns it
-off. Unknown keys, wrong types and values out of range end in one error before training; `fairchem-scd check` shows it.
+A task is on when its block is there, even an empty one (`scd: {}`); `null` turns it off. A step has at most one task,
+drawn from (seed, step), the same on every rank. A structure's noise is drawn from (seed, step, sid, fid), where sid
+and fid are its ids. Unknown keys, wrong types and values out of range end in one error before training;
+`fairchem-scd check` shows it too. [methods.md](methods.md) says what the tasks do.
 """
 
 _KINDS = {

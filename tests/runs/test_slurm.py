@@ -25,8 +25,8 @@ from fairchem_scd.testing import on_ranks
 from tests.support import host_config, make_trainer, tiny_config
 
 ROOT = Path(__file__).parents[2]
-SLURM = ROOT / "benchmarks" / "slurm"
-CLUSTER = SLURM / "cluster"
+SLURM = ROOT / "slurm"
+CLUSTER = Path(__file__).parent / "slurm_cluster"
 PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name, path=PATH) is None]
 needs_slurm = pytest.mark.skipif(

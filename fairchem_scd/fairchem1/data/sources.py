@@ -100,8 +100,8 @@ def _can_be_read(file: Path) -> bool:
 
 def _how_to_get(kind: str) -> str:
     if kind in _ASE:
-        return "ASE databases are written with ase.db; see `dataset` in the README."
+        return "ASE databases are written with ase.db; docs/data.md lists the formats."
     return (
-        "The README says how to get OC20 and OC22 as LMDBs (the host's download_data); "
+        "docs/data.md says how to get OC20 and OC22 as LMDBs (the host's download_data); "
         "`format: emt_slabs` makes sample data by itself."
     )
