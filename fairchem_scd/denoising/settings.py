@@ -1,19 +1,15 @@
-"""The settings: the `task.denoising` block of a fairchem config, parsed once into frozen objects.
+"""The settings under `task.denoising`: a frozen class for each block. `parse_settings` reads a config into them.
 
-Every setting has a default, a range and a description; the descriptions are the text of the README's table.
+Every setting has a default, a range and a description; the descriptions are the text of docs/settings.md.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from typing_extensions import Self
-
-from fairchem_scd.errors import ConfigError
 
 
 def _reject_bool(value: Any) -> Any:
@@ -134,22 +130,18 @@ class DensSettings(_NoiseSettings):
     honour_skip_dens: bool = Field(True, description="never corrupt structures marked `skip_dens`")
 
     @model_validator(mode="after")
-    def _sigma_is_told_of_a_schedule(self) -> Self:
+    def _sigma_encoding_has_a_schedule(self) -> Self:
         if self.schedule is None and self.sigma_encoding:
             raise ValueError("sigma_encoding needs a noise schedule: set num_steps, std_low and std_high")
         return self
 
 
-_OF_THE_EMBEDDING = (
-    "std_reg",
-    "condition_drop",
-    "null_condition",
-    "stop_gradient_condition",
-    "pool",
-    "clamp",
-    "gate_bound",
-    "embed_tags",
-)
+# SCD's settings that have a meaning only where the noisy pass is conditioned on an embedding.
+_OF_THE_EMBEDDING = ("std_reg", "condition_drop", "null_condition", "stop_gradient_condition", "pool", "clamp")
+_OF_THE_EMBEDDING += ("gate_bound", "embed_tags")
+# SCD's defaults in pre-training, and beside other losses.
+_CLEAN_STD = 0.005
+_ALONE, _BESIDE_LABELS = 1.0, 10.0
 
 
 class ScdSettings(_NoiseSettings):
@@ -176,12 +168,14 @@ class ScdSettings(_NoiseSettings):
     std: PositiveFloat = Field(0.04, description="standard deviation σ of the noise, Å")
     std_reg: Annotated[Real, Field(ge=0)] | None = Field(
         None,
-        description="standard deviation of the noise on the clean view, Å; `null`: 0.005 in pre-training, none beside "
-        "other losses, whose labels belong to the structure as it is",
+        description=f"standard deviation of the noise on the clean view, Å; `null`: {_CLEAN_STD:g} in pre-training, "
+        "none beside other losses, whose labels belong to the structure as it is",
     )
     corrupt_ratio: PositiveFraction | None = Field(None, description="probability that an atom moves; `null`: all move")
     coefficient: Annotated[Real, Field(ge=0)] | None = Field(
-        None, description="weight of the denoising term; `null`: 1 in pre-training, 10 beside other losses"
+        None,
+        description=f"weight of the denoising term; `null`: {_ALONE:g} in pre-training, {_BESIDE_LABELS:g} beside "
+        "other losses",
     )
     loss: NoiseLoss = Field("mse", description="the host's loss function for the noise")
     noise_scale: Literal["std", "running"] | None = Field(
@@ -224,23 +218,19 @@ class ScdSettings(_NoiseSettings):
             raise ValueError("noise_scale: std needs one σ; with a schedule it is 'running'")
         return self
 
-    @property
-    def subset_tags(self) -> dict[str, frozenset[int]]:
-        """The tags of each choice of atoms that is not all atoms, by setting."""
-        chosen = {"embed_tags": self.embed_tags, "denoise_tags": self.denoise_tags}
-        return {key: tags for key, tags in chosen.items() if tags is not None}
+    def coefficient_of(self, supervised: bool) -> float:
+        """`coefficient`, or its default, which depends on whether outputs are trained too."""
+        return self.coefficient if self.coefficient is not None else _BESIDE_LABELS if supervised else _ALONE
 
     def std_reg_of(self, supervised: bool) -> float:
-        """`std_reg`, where null depends on whether outputs are trained beside, Å."""
-        if self.std_reg is not None:
-            return self.std_reg
-        return 0.0 if supervised else 0.005
+        """`std_reg` in Å, or its default, which depends on whether outputs are trained too."""
+        return self.std_reg if self.std_reg is not None else 0.0 if supervised else _CLEAN_STD
 
-    def coefficient_of(self, supervised: bool) -> float:
-        """`coefficient`, where null depends on whether outputs are trained beside."""
-        if self.coefficient is not None:
-            return self.coefficient
-        return 10.0 if supervised else 1.0
+    @property
+    def parts(self) -> dict[str, frozenset[int]]:
+        """The tags of each part that is not the whole structure, by setting."""
+        parts = {"embed_tags": self.embed_tags, "denoise_tags": self.denoise_tags}
+        return {key: tags for key, tags in parts.items() if tags is not None}
 
 
 class NoisyNodesSettings(Settings):
@@ -301,68 +291,3 @@ class DenoisingBlock(_Block):
     )
     drop_path: DropPathSettings | None = Field(None, description="a schedule for the backbone's drop path")
     repeat_cells: CellRepeatSettings | None = Field(None, description="repeat small periodic cells in training")
-
-
-@dataclass(frozen=True)
-class Denoising:
-    """A parsed `task.denoising` block.
-
-    Attributes:
-        tasks: settings of each task that is on, by name, with every `prob` filled in.
-        restart, on_bad_data, drop_path, repeat_cells: the block's own settings.
-    """
-
-    tasks: dict[str, Settings]
-    restart: bool
-    on_bad_data: str
-    drop_path: DropPathSettings | None
-    repeat_cells: CellRepeatSettings | None
-
-
-def parse_denoising(block: Any, tasks: dict[str, type[Settings]]) -> Denoising:
-    """Parse the `task.denoising` block.
-
-    Args:
-        block: the block as read from YAML. A task set to null is off.
-        tasks: settings class of every known task, by name.
-
-    Raises:
-        ConfigError: names each offending key with what was wrong.
-    """
-    model = create_model("Denoising", __base__=DenoisingBlock, **{n: (cls | None, None) for n, cls in tasks.items()})
-    try:
-        parsed = model.model_validate({} if block is None else block)
-    except ValidationError as error:
-        own = {"drop_path": DropPathSettings, "repeat_cells": CellRepeatSettings}
-        raise ConfigError(_explain(error, {"": model, **own, **tasks})) from None
-    settings = {name: getattr(parsed, name) for name in tasks if getattr(parsed, name) is not None}
-    own = {name: getattr(parsed, name) for name in DenoisingBlock.model_fields}
-    return Denoising(_fill_probabilities(settings), **own)
-
-
-def _fill_probabilities(settings: dict[str, Settings]) -> dict[str, Settings]:
-    """Give every task without a `prob` an equal part of what the others leave."""
-    taken = {name: s.prob for name, s in settings.items() if s.prob is not None}
-    if sum(taken.values()) > 1 + 1e-9:
-        shares = ", ".join(f"task.denoising.{name}.prob = {prob:g}" for name, prob in taken.items())
-        raise ConfigError(f"{shares}: a step has at most one task, so the probabilities must sum to at most 1")
-    rest = max(0.0, 1 - sum(taken.values())) / max(1, len(settings) - len(taken))
-    return {name: s if s.prob is not None else s.model_copy(update={"prob": rest}) for name, s in settings.items()}
-
-
-def _explain(error: ValidationError, models: dict[str, type[BaseModel]]) -> str:
-    lines = []
-    for issue in error.errors():
-        path = [str(part) for part in issue["loc"]]
-        key = ".".join(["task.denoising", *path])
-        if issue["type"] == "extra_forbidden":
-            owner = models.get(path[0], models[""]) if len(path) > 1 else models[""]
-            known = list(owner.model_fields)
-            close = difflib.get_close_matches(path[-1], known, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
-            lines.append(f"{key}: unknown key; {hint}")
-        else:
-            reason = issue["msg"].removeprefix("Value error, ")
-            value = f" (got {issue['input']!r})" if not isinstance(issue["input"], dict) else ""
-            lines.append(f"{key}: {reason}{value}")
-    return "\n".join(lines)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fairchem_scd.denoising.settings import Denoising, Settings, parse_denoising
+from fairchem_scd.denoising.parse_settings import Denoising, parse_denoising
+from fairchem_scd.denoising.settings import Settings
 from fairchem_scd.denoising.task_registry import register_task, task_classes, task_names
 from fairchem_scd.denoising.tasks.base import DenoisingTask, TaskModules
 from fairchem_scd.denoising.tasks.dens import Dens
