@@ -1,4 +1,4 @@
-"""DeNS settings in the words of its authors' configs and of the host's own DeNS trainer."""
+"""DeNS settings in the words of its authors and of fairchem's own DeNS trainer."""
 
 from __future__ import annotations
 
