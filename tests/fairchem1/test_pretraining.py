@@ -87,9 +87,7 @@ def test_loss_is_that_of_the_clean_structure_and_of_the_noise_over_free_atoms(su
         expected += 2 * float(energy.abs().mean()) + 100 * float(forces.norm(dim=-1).mean())
     assert float(value) == pytest.approx(expected, rel=1e-5)
     assert step.corruption.noise[free].std() == pytest.approx(0.04, rel=0.2)
-    assert set(step.terms) == ({"energy_loss", "forces_loss"} if supervised else set()) | {
-        "denoising_pos_loss"
-    }
+    assert set(step.terms) == ({"energy_loss", "forces_loss"} if supervised else set()) | {"denoising_pos_loss"}
     metrics = trainer._compute_metrics(out, batch, trainer.evaluator, {})
     wrong = (step.noise * 0.04 - step.corruption.noise)[free].abs().mean()
     assert metrics["denoising_pos_mae"]["metric"] == pytest.approx(float(wrong), rel=1e-5)
