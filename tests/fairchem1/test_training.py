@@ -13,6 +13,7 @@ from fairchem.core.modules.evaluator import Evaluator
 
 from fairchem_scd.denoising.plan import NOISE, Plan
 from fairchem_scd.denoising.structures import structures_of
+from fairchem_scd.denoising.tasks import TaskDraw
 from fairchem_scd.fairchem1.data.guarded import Guarded
 from tests.support import collate, edge_frames_without_chance, hydra_arguments, make_trainer, slabs, tiny_config
 
@@ -341,6 +342,24 @@ def test_loss_functions_are_the_configs_own_after_a_step(data, tmp_path):
     before = list(trainer.loss_functions)
     step_of(trainer, batch_of(trainer))
     assert trainer.loss_functions == before
+
+
+def test_the_state_of_a_step_ends_with_the_step(data, tmp_path, monkeypatch):
+    """In training, validation and prediction, whatever the step's task."""
+    trainer = make_trainer(tiny_config(data, denoising={"scd": {"prob": 0.5}}), tmp_path)
+    for task in (None, trainer.tasks["scd"]):
+        monkeypatch.setattr(TaskDraw, "__call__", lambda self, step, task=task: task)
+        batch = batch_of(trainer)
+        out, loss = step_of(trainer, batch)
+        assert trainer._step is not None
+        trainer._compute_metrics(out, batch, trainer.evaluator, {})
+        trainer._backward(loss)
+        assert trainer._step is None
+    trainer.validate(disable_tqdm=True)
+    assert trainer._step is None
+    trainer.model.eval()
+    trainer._forward(batch_of(trainer))
+    assert trainer._step is None
 
 
 def test_zero_warmup_steps_mean_no_warmup(data, tmp_path):

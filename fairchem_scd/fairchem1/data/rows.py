@@ -1,4 +1,4 @@
-"""Checks of rows and batches of data: what cannot be trained on ends in an error that names the structure."""
+"""Checks of rows and batches of data. What cannot be trained on ends in an error that names the structure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_sample(split: str, tasks: Mapping[str, DenoisingTask], rows: Sequence[
 
 
 def check_periodicity(split: str, rows: Sequence[Any]) -> None:
-    """Check that a sample of the data is periodic in the same directions: the host asks a batch's first alone.
+    """Check that a sample of the data is periodic in the same directions; the host reads only a batch's first `pbc`.
 
     Args:
         split: its key under `dataset`.
@@ -56,7 +56,7 @@ def check_periodicity(split: str, rows: Sequence[Any]) -> None:
 
 
 def labels_needed(tasks: Mapping[str, DenoisingTask], outputs: Collection[str]) -> dict[str, str]:
-    """For each label that is trained on or told, what asks for it; what else the data holds is not looked at."""
+    """For each label that outputs or tasks use, what asks for it. No other label is looked at."""
     needed = {label: f"task.denoising.{task.name}" for task in tasks.values() for label in task.labels}
     return {**{name: f"outputs.{name}" for name in outputs}, **needed}
 
@@ -101,7 +101,7 @@ def check_batch(
 def neighbours_needed(
     backbone: Any, batches: Callable[[], Iterable[tuple[list[str], Any]]], sizes: str
 ) -> Iterator[None]:
-    """While entered, an error of a host backbone that got a batch without any edge says so. Costs nothing without one.
+    """While entered, an error of a host backbone that got a batch without any edge says so. Otherwise it costs nothing.
 
     Args:
         backbone: of the model that runs.
