@@ -37,7 +37,7 @@ class Scd(DenoisingTask):
     def labels(self) -> frozenset[str]:
         s = self.settings
         forces = {"forces"} if self.conditions_on_forces else set()
-        return frozenset(forces | ({"tags"} if s.parts else set()))
+        return frozenset(forces | ({"tags"} if s.subset_tags else set()))
 
     @property
     def conditions_on_forces(self) -> bool:
@@ -45,7 +45,7 @@ class Scd(DenoisingTask):
 
     @property
     def subset_settings(self) -> Sequence[str]:
-        return tuple(self.settings.parts)
+        return tuple(self.settings.subset_tags)
 
     @property
     def embeds_subset(self) -> bool:
@@ -65,8 +65,8 @@ class Scd(DenoisingTask):
     def check_sample(self, sample: Sequence[Structures], origin: str) -> None:
         super().check_sample(sample, origin)
         s = self.settings
-        present = sorted({int(tag) for structures in sample for tag in structures.tags}) if s.parts else []
-        for key, tags in s.parts.items():
+        present = sorted({int(tag) for structures in sample for tag in structures.tags}) if s.subset_tags else []
+        for key, tags in s.subset_tags.items():
             counts = [int(_tagged(structures, tags).sum()) for structures in sample]
             if max(counts) < 2:
                 what = "more than one atom" if max(counts) else "an atom"
