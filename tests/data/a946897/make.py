@@ -102,7 +102,7 @@ def trained(config: dict, folder: str, start: Path | None = None) -> tuple[Path,
 
 
 def state_after(trainer: object) -> dict[str, np.ndarray]:
-    """All numbers of the weights, and of their moving average, one after the other in the order that the host stores."""
+    """All numbers of the weights and of their moving average, one after the other, in the order of the checkpoint."""
     weights = [value for value in trainer._unwrapped_model.state_dict().values() if value.is_floating_point()]
     found = {"weights": weights, "average": trainer.ema.shadow_params}
     return {key: torch.cat([value.flatten() for value in values]).numpy() for key, values in found.items()}
