@@ -31,8 +31,7 @@ def command(checkpoint: str, out: str, plain: bool, force: bool) -> None:
     click.echo(f"Reading {checkpoint}", err=True)
     import torch
 
-    from fairchem_scd.fairchem1.checkpoint import read
-    from fairchem_scd.fairchem1.checkpoint.foreign import from_dens
+    from fairchem_scd.fairchem1.checkpoint import from_dens, read
 
     imported = from_dens(read(checkpoint), plain=plain)
     with whole_file(out, force=force) as part:

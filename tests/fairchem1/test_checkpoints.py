@@ -225,12 +225,12 @@ def test_restart_counts_from_zero_and_keeps_what_was_learnt(kind, finished, data
 
 
 @pytest.mark.parametrize("given", ["hydra", "one-piece"])
-def test_the_configs_form_of_the_model_may_differ_from_the_checkpoints(modulation, finished, data, tmp_path):
+def test_the_configs_form_of_the_model_may_differ_from_the_checkpoints(given, finished, data, tmp_path):
     """The two forms decay other parameters: state goes by name, and the config's form says what is decayed."""
-    source, path = finished(modulation, "equiformer_v2")
-    wanted = {"hydra": "one-piece", "one-piece": "hydra"}[modulation]
+    source, path = finished(given, "equiformer_v2")
+    wanted = {"hydra": "one-piece", "one-piece": "hydra"}[given]
     other, _ = finished(wanted, "equiformer_v2")
-    named = names_of(modulation)
+    named = names_of(given)
     assert decayed(source, named) != decayed(other, names_of(wanted))
     for denoising in (DENS, {}):
         config = config_of(data, wanted, "equiformer_v2", denoising=denoising, epochs=2)

@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 from fairchem.core.common.registry import registry
-from fairchem.core.common.utils import UniqueKeyLoader, find_relative_file_in_paths, load_config, setup_imports
+from fairchem.core.common.utils import UniqueKeyLoader, find_relative_file_in_paths, setup_imports
 
 from fairchem_scd.commands.add.yaml_edit import map_items, set_value
+from fairchem_scd.commands.config_file import read_config
 from fairchem_scd.denoising.tasks import build_tasks
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1 import plugin, pretraining  # noqa: F401 (the plug-in registers with the host)
@@ -156,10 +157,7 @@ def _found(name: str, path: Path) -> Path:
 def _load(path: Path) -> tuple[dict[str, Any], list[Path]]:
     """The merged config, and the files that it includes."""
     _, *included = _files(path, ())
-    merged, _, conflicts = load_config(path)
-    if conflicts:
-        raise ConfigError(f"{path}: includes: two files both set {', '.join(sorted(set(conflicts)))}")
-    return merged, included
+    return read_config(path), included
 
 
 def _load_text(text: str, config: Path, out: Path) -> dict[str, Any]:

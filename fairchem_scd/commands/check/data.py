@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from ase import Atoms
 from ase.data import chemical_symbols
-from ase.neighborlist import neighbor_list
 from fairchem.core.datasets import data_list_collater
 
 from fairchem_scd.commands.check.report import Report
 from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.denoising.tasks import DenoisingTask
+from fairchem_scd.fairchem1.data.distances import neighbours
 from fairchem_scd.fairchem1.data.guarded import Guarded
 from fairchem_scd.fairchem1.data.sources import check_source
 
@@ -55,9 +54,9 @@ def describe(split: str, dataset: Guarded, outputs: Sequence[str], *, skip: bool
     )
     free = [1 - float((row.fixed.view(-1) != 0).float().mean()) for row in rows if "fixed" in row]
     tags = torch.cat([row.tags.view(-1) for row in rows if "tags" in row] or [torch.tensor([])]).unique().tolist()
-    conditioned = [f"{100 * float(np.mean(free)):.0f} % of the atoms are free"] if free else []
-    conditioned += [f"tags {', '.join(f'{tag:g}' for tag in tags)}" if tags else "no tags"]
-    report.say("", "; ".join(conditioned))
+    marks = [f"{100 * float(np.mean(free)):.0f} % of the atoms are free"] if free else []
+    marks += [f"tags {', '.join(f'{tag:g}' for tag in tags)}" if tags else "no tags"]
+    report.say("", "; ".join(marks))
     labels = [_label(name, rows) for name in outputs]
     report.say("", "labels: " + (", ".join(labels) if labels else "none are used"))
     return rows
@@ -111,9 +110,7 @@ def describe_corruption(task: DenoisingTask, rows: list[Any], seed: int, report:
 
 def nearest_neighbours(row: Any) -> np.ndarray:
     """[N] distance of each atom of a row to its nearest neighbour, Å; infinite where there is none within 6 Å."""
-    periodic = row.pbc.view(-1)[:3].numpy() if "pbc" in row else True
-    atoms = Atoms(row.atomic_numbers.view(-1).numpy(), row.pos.numpy(), cell=row.cell.view(3, 3).numpy(), pbc=periodic)
-    index, distance = neighbor_list("id", atoms, _CUTOFF)
-    nearest = np.full(len(atoms), np.inf)
+    index, distance = neighbours(row, _CUTOFF)
+    nearest = np.full(len(row.pos), np.inf)
     np.minimum.at(nearest, index, distance)
     return nearest

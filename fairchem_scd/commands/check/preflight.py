@@ -15,10 +15,10 @@ from fairchem.core.common.utils import build_config, new_trainer_context, setup_
 
 from fairchem_scd.commands.check import data, environment, steps
 from fairchem_scd.commands.check.report import Report
+from fairchem_scd.commands.config_file import read_config
 from fairchem_scd.denoising.tasks import build_tasks
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1 import pretraining
-from fairchem_scd.fairchem1.data.split import read_config
 from fairchem_scd.fairchem1.dens_aliases import denoising_block
 from fairchem_scd.fairchem1.legacy import to_hydra
 from fairchem_scd.fairchem1.trainer.trainers import DenoisingMixin

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from ase import Atoms
-from ase.neighborlist import neighbor_list
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fairchem_scd.errors import ConfigError, DataError
+from fairchem_scd.fairchem1.data.distances import nearest_images, neighbours
 from fairchem_scd.fairchem1.data.rows import check_batch
 
 _SAME_SPOT = 0.01
@@ -138,28 +136,6 @@ def check_row(
         raise DataError(f"no atom has a neighbour within {cutoff:g} Å, and {alone}")
 
 
-def nearest_images(row: Any, use_pbc: bool = True) -> Tensor:
-    """[N, N] distances by the minimum image convention in fractional coordinates, Å; infinite on the diagonal.
-
-    Exact where they are small against the cell, and never too small. Without `use_pbc` there are no images.
-    """
-    vectors = row.pos[:, None] - row.pos[None]
-    cell = row.cell.view(3, 3).to(row.pos) if getattr(row, "cell", None) is not None else None
-    if cell is not None and float(torch.linalg.det(cell).abs()) > 0:
-        fractional = vectors @ torch.linalg.inv(cell)
-        vectors = (fractional - fractional.round() * _periodic(row, use_pbc)) @ cell
-    return vectors.norm(dim=-1).fill_diagonal_(torch.inf)
-
-
-def _periodic(row: Any, use_pbc: bool) -> Tensor:
-    pbc = getattr(row, "pbc", None) if use_pbc else (False, False, False)
-    return torch.as_tensor(pbc).view(-1)[:3].to(row.pos) if pbc is not None else torch.ones(3)
-
-
 def _has_neighbours(row: Any, distance: Tensor, cutoff: float, use_pbc: bool) -> bool:
-    if float(distance.min()) < cutoff:
-        return True
-    cell = row.cell.view(3, 3).numpy() if getattr(row, "cell", None) is not None else None
-    periodic = _periodic(row, use_pbc).bool().numpy() if cell is not None else False
-    atoms = Atoms(row.atomic_numbers.view(-1).numpy(), row.pos.numpy(), cell=cell, pbc=periodic)
-    return len(neighbor_list("i", atoms, cutoff)) > 0
+    """Whether any atom has a neighbour. `distance`: from `nearest_images`, which finds most of them faster."""
+    return float(distance.min()) < cutoff or len(neighbours(row, cutoff, use_pbc)[0]) > 0
