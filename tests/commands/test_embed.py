@@ -21,7 +21,7 @@ from fairchem.core.models.base import HydraModel
 
 from fairchem_scd.commands import main
 from fairchem_scd.commands import pictures as style
-from fairchem_scd.commands.embed import map as embedding_map
+from fairchem_scd.commands.embed import embedding_map
 from fairchem_scd.commands.embed.embeddings import embed, load_model
 from fairchem_scd.commands.embed.table import Embeddings
 from fairchem_scd.errors import ConfigError, DataError

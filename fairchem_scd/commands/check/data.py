@@ -19,11 +19,11 @@ from fairchem_scd.fairchem1.data.sources import check_source
 
 _CUTOFF = 6.0
 _FAR = 0.25
-"""From this share of the nearest-neighbour distance on, noise is worth a word: atoms begin to change places."""
+"""Share of the nearest-neighbour distance. Noise that moves atoms further is reported: they begin to change places."""
 
 
 def check_sources(config: Mapping[str, Any], report: Report) -> None:
-    """Whether the data of every split is there."""
+    """Report a problem for each split whose data is not there."""
     blocks = config.get("dataset")
     if not isinstance(blocks, Mapping) or not blocks.get("train"):
         report.problem("dataset.train: missing; it names the data to train on")
@@ -35,14 +35,14 @@ def check_sources(config: Mapping[str, Any], report: Report) -> None:
 
 
 def describe(split: str, dataset: Guarded, outputs: Sequence[str], *, skip: bool, report: Report) -> list[Any]:
-    """Read rows evenly spaced over a dataset and say what they hold. Returns them.
+    """Report what rows evenly spaced over a dataset hold, and return them.
 
     Args:
         split: its key in the config.
         dataset: of a trainer's loader.
         outputs: names of the config's outputs.
         skip: leave bad rows out.
-        report: where it is said.
+        report: gets the lines.
     """
     rows = dataset.sample(skip=skip)
     counts = np.array([int(row.natoms) for row in rows])
@@ -78,7 +78,7 @@ def _range(counts: np.ndarray) -> str:
 
 
 def describe_corruption(task: DenoisingTask, rows: list[Any], seed: int, report: Report) -> None:
-    """Which atoms a task moves and how far, against the distance to their nearest neighbours."""
+    """Report which atoms a task moves, and how far compared with the distance to their nearest neighbours."""
     batch = data_list_collater(rows, otf_graph=True)
     corruption = task.corrupt(structures_of(batch), seed=seed, step=1)
     moved, lengths = corruption.mask, corruption.noise[corruption.mask].norm(dim=-1)

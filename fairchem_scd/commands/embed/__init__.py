@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     type=click.Choice(["train", "val", "test"]),
     default="val",
     show_default=True,
-    help="Which of CONFIG's datasets. As in training, val and test inherit what they do not say from train.",
+    help="Which of CONFIG's datasets. As in training, val and test inherit from train what they do not set.",
 )
 @click.option(
     "--kind",
@@ -66,11 +66,11 @@ if TYPE_CHECKING:
 )
 @click.option("--force", is_flag=True, help="Overwrite OUT, and the map.")
 def command(checkpoint: str, config: str, out: str, plot: str | None, force: bool, **options: Any) -> None:
-    """Write to OUT what the model in CHECKPOINT makes of the structures that CONFIG names.
+    """Write to OUT embeddings of the structures that CONFIG names, made by the model in CHECKPOINT.
 
     CHECKPOINT is of this package, pre-trained or trained with energy and forces, or of fairchem itself, on any backbone
-    that this package trains. CONFIG is a training config; its dataset block alone is read, and the data needs no
-    labels. OUT ends in .npz or .parquet.
+    that this package trains. CONFIG is a training config, of which only the dataset block and the batch size are
+    read. The data needs no labels. OUT ends in .npz or .parquet.
 
     For B structures with N atoms and a model with C channels, OUT holds
 
@@ -101,7 +101,7 @@ def command(checkpoint: str, config: str, out: str, plot: str | None, force: boo
     click.echo(f"{out}: {', '.join(shapes)}")
     if plot is not None:
         from fairchem_scd.commands import pictures
-        from fairchem_scd.commands.embed import map as embedding_map
+        from fairchem_scd.commands.embed import embedding_map
 
         with pictures.printed():
             pictures.save(embedding_map.draw(embeddings, color=color, method=method), plot, force=force)
@@ -117,7 +117,7 @@ def _check_outputs(out: str, plot: str | None, color: str | None, method: str, f
         raise click.UsageError("--color and --method are of the map: say where to draw it with --plot FILE")
     if plot is not None:
         from fairchem_scd.commands import pictures
-        from fairchem_scd.commands.embed import map as embedding_map
+        from fairchem_scd.commands.embed import embedding_map
 
         pictures.check_picture(plot, force=force)
         embedding_map.check_method(method)
@@ -147,7 +147,7 @@ def _embed(
     dataset = load_split(settings, split)
     size = len(dataset) if limit is None else min(limit, len(dataset))
     if drawn:
-        from fairchem_scd.commands.embed.map import LEAST
+        from fairchem_scd.commands.embed.embedding_map import LEAST
 
         if size < LEAST:
             raise ConfigError(f"--plot: a map needs {LEAST} structures at least (got {size})")

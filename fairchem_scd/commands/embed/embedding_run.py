@@ -23,14 +23,14 @@ class EmbeddingRun:
     """Runs a model over one batch of rows after the other.
 
     Args:
-        model: from `load_model`; its backbone's `use_pbc_single` is set.
+        model: from `load_model`. It is moved to the device, and its backbone's `use_pbc_single` is set.
         device: where to run.
         condition: make c too.
         of_subset: c is of some of a structure's atoms only.
     """
 
     def __init__(self, model: DenoisingHydra, device: torch.device, *, condition: bool, of_subset: bool) -> None:
-        self.model, self.device, self.condition = model, device, condition
+        self.model, self.device, self.condition = model.to(device), device, condition
         self.adapter: Adapter = adapter_for(model.backbone)
         # The host then makes the graph of each structure by itself. In the graph of a whole batch, max_neighbors would
         # choose otherwise among neighbours at equal distances. It cannot do so for some of a structure's atoms.

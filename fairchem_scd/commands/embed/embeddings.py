@@ -41,10 +41,10 @@ def embed(
     progress: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> Embeddings:
-    """Embed structures as they are: no noise, no condition, no labels needed.
+    """Embed structures as they are, without noise and condition. They need no labels.
 
-    The model runs in eval mode and float32. What differs from one run to the next in the host, the random frames about
-    edges, is drawn alike in each.
+    The model runs in eval mode and float32. The host's frames about edges are random; they are drawn from the same
+    seed at every call.
 
     Args:
         checkpoint: of this package, pre-trained or supervised, or of the plain host with a backbone this package knows.
@@ -52,13 +52,13 @@ def embed(
         kind: "features", the l = 0 features [B, C] that the model's heads read, pooled over atoms; "condition", SCD's
             c [B, C]; "both"; "auto": the features, and c where the model makes one.
         pool: the features' mean or their sum over a structure's atoms.
-        per_atom: the atoms' own features [N, C] too.
-        batch_size: structures at a time, which changes nothing but time and memory. One by one where c is of a part.
+        per_atom: add the features [N, C] of each atom.
+        batch_size: structures at a time: a matter of time and memory alone. It is 1 where c is of some atoms only.
         weights: "ema", the moving average; "raw"; None: the average where the checkpoint has one.
         device: where to run; None: the first GPU if there is one.
-        limit: the first so many structures only.
-        progress: show it on stderr.
-        about: what to note with the embeddings besides.
+        limit: embed only so many structures, the first ones.
+        progress: show a progress bar on stderr.
+        about: further entries for the embeddings' `about`.
 
     Raises:
         ConfigError: the checkpoint does not have what was asked for, or its backbone no adapter.
@@ -69,23 +69,21 @@ def embed(
     run = StoredRun(read(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint)
     model = _loaded(run, weights)
     conditioned, of_subset = _condition(run, model, kind)
-    size = len(dataset) if limit is None else min(limit, len(dataset))
+    size = min(len(dataset), limit or len(dataset))
     if size == 0:
         raise ConfigError("there are no structures to embed")
-    device = _device(device)
-    embedding_run = EmbeddingRun(model.to(device), device, condition=conditioned, of_subset=of_subset)
+    embedding_run = EmbeddingRun(model, _device(device), condition=conditioned, of_subset=of_subset)
 
     records: list[dict[str, Any]] = []
     with tqdm(total=size, desc="embedding", unit=" structures", disable=not progress) as bar:
         for rows in _batches(dataset, size, 1 if of_subset else batch_size):
             for row, scalars, c in embedding_run(rows):
-                made = {} if c is None else {"condition": c}
+                made = {} if c is None else {"condition": c.numpy()}
                 if kind != "condition":
-                    made["features"] = scalars.mean(dim=0) if pool == "mean" else scalars.sum(dim=0)
+                    made["features"] = getattr(scalars, pool)(dim=0).numpy()
                 if per_atom:
-                    made["atom_features"] = scalars
-                arrays = {name: value.numpy() for name, value in made.items()}
-                records.append({"sid": len(records), **_described(row, per_atom), **arrays})
+                    made["atom_features"] = scalars.numpy()
+                records.append({"sid": len(records), **_described(row, per_atom), **made})
             bar.update(len(rows))
     used = weights or ("ema" if run.checkpoint.get("ema") is not None else "as stored")
     return Embeddings.of(records, {**(about or {}), "weights": used, "pool": pool})
@@ -141,7 +139,7 @@ def _batches(dataset: Any, size: int, batch_size: int) -> Iterator[list[Any]]:
 
 
 def _described(row: Any, per_atom: bool) -> dict[str, Any]:
-    """What the data says of a structure; None where it does not."""
+    """What the data says of a structure, by the names of `Embeddings`; None where it says nothing."""
     numbers = row.atomic_numbers.long().numpy()
     tags = row.tags.view(-1).long().numpy() if _has(row, "tags") else None
     energies = [_value(row, key) for key in _ENERGY]
