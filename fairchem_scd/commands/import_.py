@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 
-@click.command("import", short_help="Convert a DeNS checkpoint of another code to this package's, or to a plain one.")
+@click.command("import", short_help="Make DeNS checkpoints of other codes this package's, or plain.")
 @click.argument("checkpoint", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option("--plain", is_flag=True, help="Make it fairchem's own model, which does not need this package.")

@@ -69,7 +69,7 @@ def embed(
     run = StoredRun(read(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint)
     model = _loaded(run, weights)
     conditioned, of_subset = _condition(run, model, kind)
-    size = min(len(dataset), limit or len(dataset))
+    size = len(dataset) if limit is None else min(limit, len(dataset))
     if size == 0:
         raise ConfigError("there are no structures to embed")
     embedding_run = EmbeddingRun(model, _device(device), condition=conditioned, of_subset=of_subset)

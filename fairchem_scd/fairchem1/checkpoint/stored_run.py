@@ -205,9 +205,11 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     report_weights(
         what,
         {
-            "missing": [key for key in expected if key not in weights],
-            "not in the model": [key for key in weights if key not in expected],
-            "of another shape": [k for k, v in weights.items() if k in expected and v.shape != expected[k].shape],
+            "weights missing": [key for key in expected if key not in weights],
+            "weights not in the model": [key for key in weights if key not in expected],
+            "weights of another shape": [
+                k for k, v in weights.items() if k in expected and v.shape != expected[k].shape
+            ],
         },
     )
 
@@ -216,13 +218,12 @@ def report_weights(what: str, problems: Mapping[str, list[str]]) -> None:
     """Raise ConfigError where any list of weights has entries; the message begins with `what`.
 
     Args:
-        what: is wrong with the weights together.
-        problems: names of weights, by what is wrong with each.
+        what: what is wrong with the weights as a whole.
+        problems: names of weights by what is wrong with each of them.
     """
     if any(problems.values()):
         raise ConfigError(
-            f"{what}: "
-            + "; ".join(f"{len(keys)} weights {how}, such as {keys[0]}" for how, keys in problems.items() if keys)
+            f"{what}: " + "; ".join(f"{len(keys)} {how}, such as {keys[0]}" for how, keys in problems.items() if keys)
         )
 
 
