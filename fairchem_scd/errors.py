@@ -7,3 +7,8 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """A row of the data that cannot be trained on. The message names it by sid and fid."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class where it has no message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -16,8 +16,12 @@ import click
     help="The moving average of the weights, or the weights as the optimiser left them.  [default: the average, where "
     "the run kept one]",
 )
-@click.option("--backbone-only", is_flag=True, help="Leave the heads out: what fine-tuning needs, and no more.")
-@click.option("--training-state", is_flag=True, help="Keep optimiser, moving average and step, to train on plain.")
+@click.option("--backbone-only", is_flag=True, help="Leave the heads out. Fine-tuning needs no more.")
+@click.option(
+    "--training-state",
+    is_flag=True,
+    help="Keep optimiser, moving average and step, to go on training in plain fairchem.",
+)
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 def command(
     checkpoint: str, out: str, weights: str | None, backbone_only: bool, training_state: bool, force: bool

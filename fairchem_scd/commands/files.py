@@ -12,11 +12,11 @@ from fairchem_scd.errors import ConfigError
 
 
 def check_output(path: str | Path, *, force: bool = False) -> Path:
-    """Check that a file can be written, before the work whose result it is to hold.
+    """Check that a file can be written. Called before the work whose result it will hold.
 
     Args:
         path: of the file.
-        force: it may exist already.
+        force: the file may exist already, and will be overwritten.
 
     Raises:
         ConfigError: it exists, it is a folder, or its folder is missing or cannot be written to.
@@ -39,10 +39,10 @@ def check_output(path: str | Path, *, force: bool = False) -> Path:
 
 @contextmanager
 def whole_file(path: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """A path to write to inside; the file takes its own name once it is whole and on the disk.
+    """While entered, a temporary path to write to. At the end the file is forced to the disk and gets its own name.
 
     Raises:
-        ConfigError: as `check_output`, or the disk is full; what was there before is there still.
+        ConfigError: as `check_output`, or the disk is full. A file that was there before is then still there.
     """
     path = check_output(path, force=force)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
@@ -52,10 +52,10 @@ def whole_file(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         yield part
         with part.open("rb") as written:
             os.fsync(written.fileno())
-        part.chmod(0o666 & ~_umask())  # mkstemp's own is for the user alone
+        part.chmod(0o666 & ~_umask())  # mkstemp lets only the user read the file
         part.replace(path)
     except Exception as error:
-        # Some libraries say of a full disk what they like.
+        # On a full disk some libraries raise errors of their own, which do not say so.
         if isinstance(error, OSError) or (not isinstance(error, ConfigError) and _is_full(path.parent)):
             reason = getattr(error, "strerror", None) or f"the disk is full, or nearly: {error}"
             raise ConfigError(f"{path}: could not be written ({reason}); nothing was changed") from error

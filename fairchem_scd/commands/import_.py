@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 
 
-@click.command("import", short_help="Make checkpoints of other DeNS codes this package's, or plain.")
+@click.command("import", short_help="Make DeNS checkpoints of other codes this package's, or plain.")
 @click.argument("checkpoint", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--plain", is_flag=True, help="Make it fairchem's own model, which needs this package no more.")
+@click.option("--plain", is_flag=True, help="Make it fairchem's own model, which does not need this package.")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 def command(checkpoint: str, out: str, plain: bool, force: bool) -> None:
     """Read a DeNS checkpoint of another code, CHECKPOINT, and write it as one of this package, OUT.
@@ -31,8 +31,7 @@ def command(checkpoint: str, out: str, plain: bool, force: bool) -> None:
     click.echo(f"Reading {checkpoint}", err=True)
     import torch
 
-    from fairchem_scd.fairchem1.checkpoint import read
-    from fairchem_scd.fairchem1.checkpoint.foreign import from_dens
+    from fairchem_scd.fairchem1.checkpoint import from_dens, read
 
     imported = from_dens(read(checkpoint), plain=plain)
     with whole_file(out, force=force) as part:

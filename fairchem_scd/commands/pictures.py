@@ -1,10 +1,10 @@
-"""The print style of all pictures: widths of journal columns, letters of 8 pt, colours that survive a grey printer.
+"""The style of all pictures: as wide as journal columns, text of 8 pt, colours that differ in print without colour too.
 
-    with style.printed():
-        figure = style.new_figure(style.SINGLE, 2.6)
+    with pictures.printed():
+        figure = pictures.new_figure(pictures.SINGLE, 2.6)
         axes = figure.subplots()
-        axes.plot(x, y, color=style.COLORS[0], linestyle=style.LINES[0])
-        style.save(figure, "curves.pdf")
+        axes.plot(x, y, color=pictures.COLORS[0], linestyle=pictures.LINES[0])
+        pictures.save(figure, "curves.pdf")
 
 Figures are made without pyplot, so nothing global is kept and no display is needed.
 """
@@ -25,20 +25,20 @@ SINGLE, DOUBLE = 3.5, 7.0
 """Widths of one and of two columns, inches."""
 
 COLORS = ("#332288", "#CC6677", "#88CCEE", "#117733", "#DDCC77", "#882255", "#44AA99")
-"""Categories, in order of use (Paul Tol's muted scheme). Neighbours differ in lightness, so also in grey."""
+"""For categories, in order of use (Paul Tol's muted scheme). Two that follow each other differ in lightness."""
 
 OTHER = "#BBBBBB"
-"""All that has no colour of its own."""
+"""For everything that has no colour of its own."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", ".")
 LINES: tuple[str | tuple[int, tuple[float, ...]], ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
-"""To go with the colours, one each."""
+"""A marker and a line style for each of `COLORS`, in its order."""
 
 SEQUENTIAL = "viridis"
-"""Of a number: as light as the number is large, for all eyes."""
+"""Colour map for numbers: the larger, the lighter. It can be read without seeing colours."""
 
 FORMATS = (".png", ".pdf", ".svg")
-"""Endings of pictures that `save` writes."""
+"""Endings of the files that `save` writes."""
 
 _RC = {
     "font.family": "sans-serif",
@@ -65,26 +65,26 @@ _RC = {
     "legend.handlelength": 2.4,
     "image.cmap": SEQUENTIAL,
     "savefig.dpi": 300,
-    "pdf.fonttype": 42,  # letters stay letters
+    "pdf.fonttype": 42,  # text stays text
     "svg.fonttype": "none",
     "svg.hashsalt": "fairchem-scd",  # the same picture is the same file
 }
 
 
 def printed() -> AbstractContextManager[None]:
-    """While entered, whatever matplotlib makes is in this style. Draw and save inside."""
+    """While entered, matplotlib draws in this style. Both drawing and saving belong inside."""
     return mpl.rc_context(_RC)
 
 
 def new_figure(width: float = SINGLE, height: float = 2.6) -> Figure:
-    """An empty figure, width × height in inches, that makes room for labels and legends by itself."""
+    """An empty figure of width × height in inches. It makes room for labels and legends by itself."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def check_picture(path: str | Path, *, force: bool = False) -> Path:
-    """Check that a picture can be written, before the work whose result it shows.
+    """Check that a picture can be written. Called before the work whose result it shows.
 
     Raises:
         ConfigError: its ending is not one of `FORMATS`, or as `files.check_output`.

@@ -130,7 +130,7 @@ def heavy(atoms, results):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(nan_forces, r"forces of an atom is not finite"), (heavy, r"element 103 is beyond the model's table")],
+    [(nan_forces, r"forces of an atom is not finite"), (heavy, r"element 103 \(Lr\) is beyond the model's table")],
 )
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_bad_row_is_named_in_either_split(split, change, said, data, tmp_path):

@@ -21,7 +21,7 @@ from fairchem.core.models.base import HydraModel
 
 from fairchem_scd.commands import main
 from fairchem_scd.commands import pictures as style
-from fairchem_scd.commands.embed import map as embedding_map
+from fairchem_scd.commands.embed import embedding_map
 from fairchem_scd.commands.embed.embeddings import embed, load_model
 from fairchem_scd.commands.embed.table import Embeddings
 from fairchem_scd.errors import ConfigError, DataError
@@ -337,7 +337,7 @@ def _starting_file_gone(path):
         (lambda path: path.unlink(), (), "checkpoint file not found"),
         (_other_model, (), "schnet"),
         (_other_weights, (), "not those of the model in its config"),
-        (_few_elements, (), r"structure sid/fid \d+/\d+: element \w+ \(\d+\).*up to F, 9\)"),
+        (_few_elements, (), r"structure sid/fid \d+/\d+: element \d+ \(\w+\).*ends at 9 \(F\); .*other data"),
         (_starting_file_gone, (), "fine-tuned from gone.pt"),
         (None, ("--split", "test"), "dataset.test.src: missing"),
         (None, ("--kind", "condition"), "no condition c"),

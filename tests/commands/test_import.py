@@ -21,8 +21,7 @@ from fairchem.core.modules.exponential_moving_average import ExponentialMovingAv
 from fairchem_scd import ConfigError
 from fairchem_scd.commands import main
 from fairchem_scd.denoising.plan import NOISE
-from fairchem_scd.fairchem1.checkpoint import export, is_of, read, to_plain
-from fairchem_scd.fairchem1.checkpoint.foreign import from_dens
+from fairchem_scd.fairchem1.checkpoint import export, from_dens, is_of, read, to_plain
 from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
 from tests.fairchem1.test_engine import dens_plan
 from tests.support import BACKBONES, ESEN, collate, hydra_arguments, make_trainer, tiny_config

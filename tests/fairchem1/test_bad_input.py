@@ -14,8 +14,8 @@ from fairchem.core.common.registry import registry
 from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone
 
 from fairchem_scd.errors import ConfigError, DataError
+from fairchem_scd.fairchem1.data.distances import nearest_images
 from fairchem_scd.fairchem1.data.emt_slabs import write_emt_slabs
-from fairchem_scd.fairchem1.data.guarded import nearest_images
 from fairchem_scd.fairchem1.data.rows import check_periodicity
 from fairchem_scd.fairchem1.data.sources import check_whole
 from tests.fairchem1.test_backbones import TestPaiNN as PaiNN
@@ -82,7 +82,11 @@ def infinite_position(i, row):
         (set_fixed, ConfigError, r"dens: every atom of the 8 structures .* is fixed.*all_atoms: true"),
         (drop_forces, ConfigError, r"dens needs the label 'forces'.*its keys: .*key_mapping"),
         (drop_fixed, ConfigError, r"does not say which atoms are fixed"),
-        (heavy_atom, DataError, r"structure sid/fid \d+/5: element 95 is beyond.*ends at 89; .*max_num_elements"),
+        (
+            heavy_atom,
+            DataError,
+            r"structure sid/fid \d+/5: element 95 \(Am\) is beyond.*ends at 89 \(Ac\); .*num_elements",
+        ),
         (nan_force, DataError, r"structure sid/fid \d+/2: forces of an atom is not finite: \[.*nan.*\]"),
         (infinite_position, DataError, r"structure sid/fid \d+/7: pos of an atom is not finite"),
     ],
@@ -272,7 +276,7 @@ def test_a_lone_part_is_named_where_the_host_runs_none(tmp_path):
 def test_an_element_beyond_the_table_names_the_key_of_the_backbone(tmp_path):
     config = painn(tmp_path, lambda row: None, {"scd": {}})
     config["model"]["backbone"]["num_elements"] = 10
-    with pytest.raises(DataError, match=r"is beyond.*ends at 10; raise model\.backbone\.num_elements"):
+    with pytest.raises(DataError, match=r"is beyond.*ends at 10 \(Ne\); raise model\.backbone\.num_elements"):
         make_trainer(config, tmp_path)
 
 

@@ -10,8 +10,8 @@ import torch
 from ase.build import molecule
 from fairchem.core.preprocessing import AtomsToGraphs
 
+from fairchem_scd.denoising import adapter as base
 from fairchem_scd.errors import ConfigError
-from fairchem_scd.fairchem1.backbones import base
 from fairchem_scd.testing import collate, plan_of, run, stirred
 from tests.fairchem1.test_backbones import TestPaiNN as PaiNN
 

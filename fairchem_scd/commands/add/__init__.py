@@ -32,9 +32,9 @@ def command(task: str, config: str, out: str, pairs: tuple[str, ...], dry_run: b
     noisy_nodes   denoising without a condition, in every step
     Others are of installed packages (docs/adding-a-task.md).
 
-    The trainer's name is replaced by that of its denoising twin, and the task's settings are added under
-    task.denoising. All else stays as it stands, comments included; included files are named from OUT's folder. Paths of
-    data and checkpoints stay too: fairchem takes them from the directory it is run in.
+    The trainer is replaced by the same trainer with denoising, and the task's settings are added under task.denoising.
+    Everything else stays as it is, comments included; only the names of included files are adapted to OUT's folder.
+    Paths of data and checkpoints stay too, because for fairchem they begin in the directory where it is run.
 
     What is written has been checked as training would: model, outputs, losses and settings. The difference from CONFIG
     is shown.
@@ -64,7 +64,7 @@ def command(task: str, config: str, out: str, pairs: tuple[str, ...], dry_run: b
 
 
 def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """The settings of --set, their values read as YAML."""
+    """The settings given by --set. Values are read as YAML."""
     import yaml
 
     settings = {}
@@ -80,7 +80,7 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise click.BadParameter(f"{pair}: the value is not YAML", param_hint="--set") from None
         try:
-            # YAML takes 1e-4 for a word.
+            # To YAML, 1e-4 is text.
             settings[key] = float(value) if isinstance(value, str) else value
         except ValueError:
             settings[key] = value

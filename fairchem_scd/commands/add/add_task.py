@@ -1,4 +1,4 @@
-"""A denoising task added to a config: the text of the new file, checked as training would check it."""
+"""Adds a denoising task to the text of a config, and checks the result as training would check it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 from fairchem.core.common.registry import registry
-from fairchem.core.common.utils import UniqueKeyLoader, find_relative_file_in_paths, load_config, setup_imports
+from fairchem.core.common.utils import UniqueKeyLoader, find_relative_file_in_paths, setup_imports
 
 from fairchem_scd.commands.add.yaml_edit import map_items, set_value
+from fairchem_scd.commands.config_file import read_config
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1 import plugin  # noqa: F401 (the plug-in registers with the host)
 from fairchem_scd.fairchem1.config import check_outputs, read
@@ -32,7 +33,7 @@ _TRAINERS = {
     "ocp": _STEPS,
     "forces": _STEPS,
     "energy": _STEPS,
-    # Short names are known only where something has imported the package.
+    # The host knows these short names only where something has imported this package.
     "equiformerv2_denoising": _EPOCHS,
     "mlip_denoising": _MLIP,
     "denoising": _STEPS,
@@ -45,7 +46,7 @@ class Added:
 
     Attributes:
         before, after: text of the config and of the new file.
-        shares: share of the steps of each task that is on; what is left are ordinary steps.
+        shares: share of the steps of each task that is on. All other steps are ordinary.
         pretraining: the config trains no outputs.
     """
 
@@ -56,16 +57,16 @@ class Added:
 
 
 def add_task(config: str | Path, out: str | Path, task: str, settings: Mapping[str, Any]) -> Added:
-    """Add a denoising task to a config of fairchem's, for a file at `out`, which is not written.
+    """Add a denoising task to a config of fairchem's, for a file at `out`, which is not written here.
 
-    The merged config stays what it was, but for `trainer` and `task.denoising`. Includes name the same files from
-    out's folder, as fairchem finds them when it runs in the current directory.
+    The merged config stays what it was, except for `trainer` and `task.denoising`. The new file includes the same
+    files, under names by which fairchem finds them from out's folder when it runs in the current directory.
 
     Args:
         config: the config file.
         out: where the new file will lie; its folder is there.
         task: its name under `task.denoising`.
-        settings: of the task; what is not named has its default.
+        settings: of the task. Others have their defaults.
 
     Raises:
         ConfigError: the config cannot be read, has the task already, or cannot be trained with it.
@@ -81,7 +82,7 @@ def add_task(config: str | Path, out: str | Path, task: str, settings: Mapping[s
         raise ConfigError(f"{config}: task.denoising.{task} is there already; change its settings there")
     trainer = _trainer(merged)
 
-    # As it stands in the file, line ends included.
+    # Without newline translation, so that line ends stay what they are.
     with config.open(encoding="utf-8", newline="") as file:
         before = file.read()
     after = before
@@ -129,7 +130,7 @@ def _files(path: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     except yaml.MarkedYAMLError as error:
         raise ConfigError(f"{path}: not YAML, line {error.problem_mark.line + 1}: {error.problem}") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        # Of the host's duplicate keys, and of characters that no YAML text has.
+        # The host raises ValueError for duplicate keys; the others are for characters that no YAML text has.
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: not a config: no keys at the top of the file")
@@ -142,7 +143,7 @@ def _files(path: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
 
 def _found(name: str, path: Path) -> Path:
-    """The file that an include means to the host, which looks in the current directory first."""
+    """The file that the host takes for an include. It looks in the current directory first."""
     try:
         return Path(find_relative_file_in_paths(name, [os.path.dirname(path)]))  # noqa: PTH120 (as the host asks)
     except ValueError:
@@ -154,14 +155,11 @@ def _found(name: str, path: Path) -> Path:
 def _load(path: Path) -> tuple[dict[str, Any], list[Path]]:
     """The merged config, and the files that it includes."""
     _, *included = _files(path, ())
-    merged, _, conflicts = load_config(path)
-    if conflicts:
-        raise ConfigError(f"{path}: includes: two files both set {', '.join(sorted(set(conflicts)))}")
-    return merged, included
+    return read_config(path), included
 
 
 def _load_text(text: str, config: Path, out: Path) -> dict[str, Any]:
-    """The merged config of a file yet to be written, as the host will read it there."""
+    """The merged config of a file that is not written yet, as the host will read it there."""
     handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.", suffix=".yml")
     os.close(handle)
     part = Path(name)
@@ -178,13 +176,13 @@ def _load_text(text: str, config: Path, out: Path) -> dict[str, Any]:
 
 
 def _moved(name: str, config: Path, out: Path) -> str:
-    """The name of an included file of config's, for out's place."""
+    """The name for a file that `config` includes by which the host finds it from `out`."""
     if Path(name).is_absolute():
         return name
     target = _found(name, config).resolve()
     folder = out.parent.resolve()
     near = Path(os.path.relpath(target, folder))
-    # A file of the same name in the current directory would be taken first: then go round by out's own folder.
+    # The host would take a file of the same name in the current directory first. The second candidate avoids that.
     for candidate in (near, Path("..", folder.name, near)):
         found = Path(find_relative_file_in_paths(candidate, [folder]))
         if found.resolve() == target:
@@ -193,7 +191,7 @@ def _moved(name: str, config: Path, out: Path) -> str:
 
 
 def _block(merged: Mapping[str, Any]) -> dict[str, Any]:
-    """The `task.denoising` block of a config in this package's words, or in none."""
+    """The `task.denoising` block of a config. Raises ConfigError where DeNS is set up in its authors' words."""
     task, optim = merged.get("task") or {}, merged.get("optim") or {}
     for key, block in (("task", task), ("optim", optim)):
         if not isinstance(block, Mapping):
@@ -217,7 +215,7 @@ def _trainer(merged: Mapping[str, Any]) -> str:
         if issubclass(registry.get_trainer_class(name), DenoisingMixin):
             return name
     except (RuntimeError, TypeError, AttributeError, ValueError):
-        pass  # not a trainer at all; said below
+        pass  # not a trainer at all: the error below says so
     known = [name for name in _TRAINERS if "denoising" not in name]
     raise ConfigError(
         f"trainer: '{name}' has no denoising twin; known trainers: {', '.join(known)}. To make one of a trainer of "

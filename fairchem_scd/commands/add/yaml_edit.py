@@ -1,7 +1,7 @@
-"""Edits of YAML text that touch nothing but what is meant: comments, order, quotes and line breaks stay as they are.
+"""Edits of YAML text that leave everything else as it is: comments, order, quotes, line breaks.
 
-Places are found by the parser's marks, and the text is cut there. A round trip through a YAML library would fold flow
-blocks and even out the indentation of a file whose every other line was to stay.
+The parser's marks say where a value begins and ends, and the text is cut there. Reading the file and writing it again
+with a YAML library would change other lines too: their line breaks and their indentation.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ _Entry = tuple[yaml.Node, yaml.Node]
 
 
 def set_value(text: str, keys: Sequence[str], value: Any, after: Sequence[str] = ()) -> str:
-    """Set one value of a YAML mapping, and the mappings above it where they are not there.
+    """Set one value of a YAML mapping. Mappings above it are added where they are missing.
 
     Args:
         text: of a YAML document that is a mapping.
         keys: from the top, such as ("task", "denoising", "scd").
         value: a scalar, or a mapping, which is written in one line.
-        after: top-level keys, the first of which that is there is to stand before a new top-level key; without one it
-            comes first.
+        after: top-level keys. A new top-level key is put behind the first of these that is there, or else at the top.
 
     Returns:
-        The new text. An alias on the way is replaced by a copy of what it stands for.
+        The new text. Where a key above the last holds an alias, a copy of what it stands for takes its place.
 
     Raises:
         ValueError: a key above the last holds neither a mapping nor null, or the last holds a value of several lines.
@@ -65,7 +64,7 @@ def map_items(text: str, key: str, new: Callable[[str], str]) -> str:
     Args:
         text: of a YAML document that is a mapping.
         key: of the list; where it is not there, nothing changes.
-        new: what takes the place of an item; an item that stays keeps its text.
+        new: called with an item, returns what to put in its place. An item that does not change keeps its quotes.
     """
     found = _entry(_root(text), key)
     for item in reversed(found[1].value if found else ()):
@@ -87,7 +86,7 @@ def _entry(node: yaml.MappingNode, key: str) -> _Entry | None:
 
 
 def _plain(node: yaml.Node) -> Any:
-    """What a node stands for."""
+    """The Python value of a node."""
     return yaml.SafeLoader("").construct_document(node)
 
 
@@ -106,11 +105,11 @@ def _with(mapping: Any, keys: Sequence[str], value: Any) -> Any:
 
 
 def _flow(value: Any, style: str | None = None) -> str:
-    """A value in one line, safe inside a flow block as well."""
+    """A value as YAML in one line, which may stand inside a flow mapping too."""
     text = yaml.safe_dump(
         [value],
         default_flow_style=True,
-        # A block style (| or >) is none for a line.
+        # The block styles (| and >) take more than one line.
         default_style=style if isinstance(value, str) and style in ("'", '"') else None,
         width=float("inf"),
         sort_keys=False,
@@ -120,7 +119,7 @@ def _flow(value: Any, style: str | None = None) -> str:
 
 
 def _block(key: str, rest: Sequence[str], value: Any, indent: str, newline: str) -> str:
-    """`key` and the keys below it a line each, the value on the last."""
+    """A line for `key` and for each key of `rest` below it. The last has the value."""
     lines = [f"{indent}{'  ' * depth}{_flow(name)}:" for depth, name in enumerate((key, *rest))]
     return newline.join(lines) + f" {_flow(value)}{newline}"
 
@@ -146,7 +145,7 @@ def _replace(text: str, entry: _Entry, new: str) -> str:
 
 
 def _into_flow(text: str, node: yaml.MappingNode, item: str) -> str:
-    """First in a flow mapping: what follows the last entry may be a comma, a comment or both."""
+    """The text with an item put first in a flow mapping. At its end, a comma or a comment might be in the way."""
     at = text.index("{", node.start_mark.index) + 1
     at += len(text[at:]) - len(text[at:].lstrip(" "))
     comma = "," if node.value and text[at] in "\r\n#" else ", " if node.value else ""
@@ -165,7 +164,7 @@ def _into_root(text: str, root: yaml.MappingNode, key: str, value: Any, after: S
     if before is None:
         at = _line_start(text, root.value[0][0].start_mark.index)
         above = _back(text, at, blank=False)
-        # A comment at the top of the file is of the file, one further down of the key below it.
+        # A comment at the top of the file belongs to the file. A comment further down belongs to the key below it.
         return _put(text, above or at, lines + newline)
     index = names.index(before) + 1
     at = root.value[index][0].start_mark.index if index < len(names) else root.end_mark.index
@@ -175,14 +174,14 @@ def _into_root(text: str, root: yaml.MappingNode, key: str, value: Any, after: S
 
 
 def _put(text: str, at: int, lines: str) -> str:
-    """Lines put in at the start of a line, or at the end of a text whose last line may lack its end."""
+    """The text with lines put in at the start of a line, or at the end, where the last line may lack its line break."""
     if at and text[at - 1] not in "\r\n":
         lines = _newline(text) + lines
     return text[:at] + lines + text[at:]
 
 
 def _back(text: str, at: int, *, blank: bool) -> int:
-    """Back from the start of a line over the comment lines above it, and blank ones if asked."""
+    """The start of the comment lines above the line that starts at `at`; with `blank`, of blank lines too."""
     while at:
         start = _line_start(text, at - 1)
         line = text[start:at].strip()

@@ -10,20 +10,27 @@ import click
 @click.command("check", context_settings={"ignore_unknown_options": True})
 @click.argument("config", type=click.Path())
 @click.argument("fairchem_options", nargs=-1, type=click.UNPROCESSED)
-@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Timed steps of each kind.")
 @click.option(
-    "--seconds", default=120.0, show_default=True, type=click.FloatRange(0), help="Begin no further steps after this."
+    "--repeats", default=5, show_default=True, type=click.IntRange(1), help="How many steps of each kind are timed."
+)
+@click.option(
+    "--seconds",
+    default=120.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Begin no further steps after this time.",
 )
 def command(config: str, fairchem_options: tuple[str, ...], repeats: int, seconds: float) -> None:
     """Try CONFIG out before its job waits in a queue.
 
     Reads the config as fairchem does and checks the settings, the device, torch_scatter, the logger and the data;
     builds the model; takes a few steps of each kind. Says what will happen: which atoms move and how far, what a step
-    costs beside an ordinary one, memory, parameters. Ends in a list of problems and exit code 1, or in exit code 0.
+    costs compared with an ordinary one, memory, parameters. Ends with a list of problems and exit code 1, or with exit
+    code 0.
 
     FAIRCHEM_OPTIONS are those that `fairchem --mode train --config-yml CONFIG` will be given: --cpu, --amp, --submit,
-    --checkpoint FILE, or overrides such as --optim.batch_size=2. Check on a machine like the one the job gets: what a
-    login node has no GPU for it cannot tell.
+    --checkpoint FILE, or overrides such as --optim.batch_size=2. Check on a machine like the one that the job will get:
+    on a login node without a GPU, nothing that needs a GPU can be tried.
 
     \b
     Example:

@@ -7,24 +7,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from ase import Atoms
 from ase.data import chemical_symbols
-from ase.neighborlist import neighbor_list
 from fairchem.core.datasets import data_list_collater
 
 from fairchem_scd.commands.check.report import Report
 from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.denoising.tasks import DenoisingTask
+from fairchem_scd.fairchem1.data.distances import neighbours
 from fairchem_scd.fairchem1.data.guarded import Guarded
 from fairchem_scd.fairchem1.data.sources import check_source
 
 _CUTOFF = 6.0
 _FAR = 0.25
-"""From this share of the nearest-neighbour distance on, noise is worth a word: atoms begin to change places."""
+"""Share of the nearest-neighbour distance. Noise that moves atoms further is reported: they begin to change places."""
 
 
 def check_sources(config: Mapping[str, Any], report: Report) -> None:
-    """Whether the data of every split is there."""
+    """Report a problem for each split whose data is not there."""
     blocks = config.get("dataset")
     if not isinstance(blocks, Mapping) or not blocks.get("train"):
         report.problem("dataset.train: missing; it names the data to train on")
@@ -36,14 +35,14 @@ def check_sources(config: Mapping[str, Any], report: Report) -> None:
 
 
 def describe(split: str, dataset: Guarded, outputs: Sequence[str], *, skip: bool, report: Report) -> list[Any]:
-    """Read rows evenly spaced over a dataset and say what they hold. Returns them.
+    """Report what rows evenly spaced over a dataset hold, and return them.
 
     Args:
         split: its key in the config.
         dataset: of a trainer's loader.
         outputs: names of the config's outputs.
         skip: leave bad rows out.
-        report: where it is said.
+        report: gets the lines.
     """
     rows = dataset.sample(skip=skip)
     counts = np.array([int(row.natoms) for row in rows])
@@ -55,9 +54,9 @@ def describe(split: str, dataset: Guarded, outputs: Sequence[str], *, skip: bool
     )
     free = [1 - float((row.fixed.view(-1) != 0).float().mean()) for row in rows if "fixed" in row]
     tags = torch.cat([row.tags.view(-1) for row in rows if "tags" in row] or [torch.tensor([])]).unique().tolist()
-    conditioned = [f"{100 * float(np.mean(free)):.0f} % of the atoms are free"] if free else []
-    conditioned += [f"tags {', '.join(f'{tag:g}' for tag in tags)}" if tags else "no tags"]
-    report.say("", "; ".join(conditioned))
+    marks = [f"{100 * float(np.mean(free)):.0f} % of the atoms are free"] if free else []
+    marks += [f"tags {', '.join(f'{tag:g}' for tag in tags)}" if tags else "no tags"]
+    report.say("", "; ".join(marks))
     labels = [_label(name, rows) for name in outputs]
     report.say("", "labels: " + (", ".join(labels) if labels else "none are used"))
     return rows
@@ -79,7 +78,7 @@ def _range(counts: np.ndarray) -> str:
 
 
 def describe_corruption(task: DenoisingTask, rows: list[Any], seed: int, report: Report) -> None:
-    """Which atoms a task moves and how far, against the distance to their nearest neighbours."""
+    """Report which atoms a task moves, and how far compared with the distance to their nearest neighbours."""
     batch = data_list_collater(rows, otf_graph=True)
     corruption = task.corrupt(structures_of(batch), seed=seed, step=1)
     moved, lengths = corruption.mask, corruption.noise[corruption.mask].norm(dim=-1)
@@ -111,9 +110,7 @@ def describe_corruption(task: DenoisingTask, rows: list[Any], seed: int, report:
 
 def nearest_neighbours(row: Any) -> np.ndarray:
     """[N] distance of each atom of a row to its nearest neighbour, Å; infinite where there is none within 6 Å."""
-    periodic = row.pbc.view(-1)[:3].numpy() if "pbc" in row else True
-    atoms = Atoms(row.atomic_numbers.view(-1).numpy(), row.pos.numpy(), cell=row.cell.view(3, 3).numpy(), pbc=periodic)
-    index, distance = neighbor_list("id", atoms, _CUTOFF)
-    nearest = np.full(len(atoms), np.inf)
+    index, distance = neighbours(row, _CUTOFF)
+    nearest = np.full(len(row.pos), np.inf)
     np.minimum.at(nearest, index, distance)
     return nearest

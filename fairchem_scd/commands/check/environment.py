@@ -1,4 +1,4 @@
-"""What a run needs of the machine: the device, the compiled extensions on it, the logger."""
+"""Checks of the machine: the device, the compiled extensions on it, SLURM and the logger."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fairchem_scd.errors import ConfigError
 
 
 def check_device(config: Mapping[str, Any], report: Report) -> None:
-    """The device a run would have, and whether torch_scatter runs on it."""
+    """Report the device that a run would have, and whether torch_scatter runs on it."""
     if not config["cpu"] and not torch.cuda.is_available():
         report.caution(
             "no CUDA device is visible here, and without --cpu fairchem would not start on this machine. What is said "
@@ -49,7 +49,7 @@ def _try_scatter(device: torch.device) -> None:
 
 
 def check_submission(config: Mapping[str, Any], report: Report) -> None:
-    """Whether `--submit` can submit."""
+    """Report whether `--submit` would work from here."""
     if not config["submit"]:
         return
     if shutil.which("sbatch") is None:
@@ -65,7 +65,7 @@ def check_submission(config: Mapping[str, Any], report: Report) -> None:
 
 
 def check_logger(config: Mapping[str, Any], report: Report) -> None:
-    """Start and end the config's logger, in a folder that is thrown away; nothing is sent anywhere."""
+    """Start the config's logger and end it, in a folder that is then removed. Nothing is sent anywhere."""
     logger = config.get("logger", "wandb")
     name = logger if isinstance(logger, str) else (logger or {}).get("name")
     if not name:

@@ -1,4 +1,4 @@
-"""The check from beginning to end."""
+"""The whole check, in the order in which it reports."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from fairchem.core.common.utils import build_config, new_trainer_context, setup_
 
 from fairchem_scd.commands.check import data, environment, steps
 from fairchem_scd.commands.check.report import Report
+from fairchem_scd.commands.config_file import read_config
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.config import read
-from fairchem_scd.fairchem1.data.split import read_config
 from fairchem_scd.fairchem1.trainer import DenoisingMixin
 
 
 def preflight(path: str | Path, options: Sequence[str], report: Report, *, repeats: int, seconds: float) -> None:
-    """Check a config and note what is found.
+    """Check a config and report what is found.
 
-    Nothing is written but what the datasets themselves write (`emt_slabs` makes its data).
+    No files are written, but for those that a dataset writes when it is opened (`emt_slabs` makes its data).
 
     Args:
         path: of the config.
-        options: what `fairchem --mode train --config-yml CONFIG` would be given besides.
-        report: where it is noted.
+        options: further options that `fairchem --mode train --config-yml CONFIG` would get.
+        report: gets the findings.
         repeats, seconds: see `steps.try_steps`.
     """
     config = None
@@ -57,7 +57,7 @@ def load(path: str | Path, options: Sequence[str] = ()) -> dict[str, Any]:
         ConfigError: there is no such file, it is not a mapping, or an option is not known.
     """
     try:
-        read_config(path)  # for its words where something is wrong with it
+        read_config(path)  # its errors say more than those of the host
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename}: no such file") from error
     try:
@@ -92,7 +92,7 @@ def _check_settings(config: Mapping[str, Any], report: Report) -> None:
 def _run(config: dict[str, Any], report: Report, repeats: int, seconds: float) -> None:
     """Set up all that training sets up, and take some steps."""
     config = copy.deepcopy(config)
-    # In this process alone, and without a folder of the run's own.
+    # In this process alone, and without a folder for the run.
     config.update(is_debug=True, world_size=1, submit=False, summit=False)
     config["cpu"] = config["cpu"] or not torch.cuda.is_available()
     config["distributed_backend"] = "gloo" if config["cpu"] else config["distributed_backend"]

@@ -1,4 +1,4 @@
-"""What a check found: lines as it goes along, and the problems once more at its end."""
+"""What a check found: lines while it runs, and at its end all problems once more."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Report:
     """Lines under headings, and problems.
 
     Args:
-        write: takes each line as it is known.
+        write: called with each line.
 
     Attributes:
-        problems: what keeps the config from training.
-        cautions: what does not, and should be known.
+        problems: reasons why the config cannot be trained.
+        cautions: what a user should know of a config that can.
     """
 
     def __init__(self, write: Callable[[str], None]) -> None:
@@ -32,31 +32,35 @@ class Report:
         self._write(f"{heading:<12}{text}")
 
     def problem(self, text: str) -> None:
-        """Note what keeps the config from training, once."""
+        """Report a reason why the config cannot be trained. The same text is reported once."""
         if text not in self.problems:
             self.problems.append(text)
             self._write(f"{'':<12}PROBLEM {len(self.problems)}: {shorten(text, 90)}")
 
     def caution(self, text: str) -> None:
-        """Note what a user should know."""
+        """Keep for the end what a user should know."""
         if text not in self.cautions:
             self.cautions.append(text)
 
     @contextmanager
     def part(self, what: str) -> Iterator[None]:
-        """While entered, an error is a problem and ends this part alone."""
+        """While entered, an error becomes a problem. It ends this part, and the check goes on with the next.
+
+        Args:
+            what: begins the problem where the error is not one of this package's.
+        """
         try:
             yield
         except (ConfigError, DataError) as error:
             self.problem(str(error))
         except Exception as error:
-            # Of the host or a library: its own words, and where they come from.
+            # An error of the host or of a library: say where it comes from, too.
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(frame.filename).name}:{frame.lineno}"
             self.problem(f"{what}: {type(error).__name__}: {error} ({where})")
 
     def close(self) -> bool:
-        """Write cautions and problems out. Returns whether there are no problems."""
+        """Write all cautions and problems. Returns whether there are no problems."""
         for title, found in (("To know", self.cautions), ("Problems", self.problems)):
             if found:
                 self._write(f"\n{title}:")

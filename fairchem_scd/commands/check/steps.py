@@ -1,4 +1,4 @@
-"""A few steps of each kind, as the host takes them: that they work, and what they cost."""
+"""A few steps of each kind, taken as the host takes them: do they work, and what do they cost?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fairchem_scd.errors import ConfigError
 
 
 class _Always:
-    """Stands in for a TaskDraw: every step has the same task."""
+    """Takes the place of a TaskDraw: every step has the same task."""
 
     def __init__(self, task: DenoisingTask | None, seed: int) -> None:
         self.task, self.seed = task, seed
@@ -27,7 +27,7 @@ class _Always:
 
 
 def describe_model(trainer: Any, report: Report) -> None:
-    """Parameters by part."""
+    """Report the number of parameters of each part of the model."""
     model = trainer._unwrapped_model
     parts = {"backbone": model.backbone, **{f"head {name}": head for name, head in model.output_heads.items()}}
     counts = [f"{name} {_count(part)}" for name, part in parts.items()]
@@ -45,13 +45,13 @@ def _count(module: Any) -> str:
 
 
 def try_steps(trainer: Any, report: Report, *, repeats: int, seconds: float) -> None:
-    """Take steps of each kind in turn and say what they cost.
+    """Take steps of each kind in turn and report what they cost.
 
     Args:
-        trainer: of this package, in debug mode; its weights move.
-        report: where it is said.
-        repeats: rounds after a first one that is not timed.
-        seconds: begin no further round after this long.
+        trainer: of this package, in debug mode. Its weights change.
+        report: gets the lines.
+        repeats: timed rounds, after a first round that is not timed.
+        seconds: begin no further round after this time.
     """
     kinds: dict[str, DenoisingTask | None] = {} if trainer.self_supervised else {"ordinary": None}
     kinds |= {name: task for name, task in trainer.tasks.items() if task.settings.prob}
@@ -68,7 +68,7 @@ def try_steps(trainer: Any, report: Report, *, repeats: int, seconds: float) -> 
                 if turn:
                     taken[name].append(took)
         if any(not taken[name] for name in kinds) and turn:
-            return  # a kind of step does not work
+            return  # a kind of step does not work, and costs cannot be compared
     times = {name: statistics.median(values) for name, values in taken.items() if values}
     if times:
         rounds = min(len(values) for values in taken.values())
@@ -93,7 +93,7 @@ def _step(trainer: Any, batch: Any, name: str, task: DenoisingTask | None, repor
     if on_gpu:
         torch.cuda.synchronize()
     took = time.perf_counter() - start
-    if not trainer.finite and not trainer.scaler:  # a scaler's first steps are often too large
+    if not trainer.finite and not trainer.scaler:  # with a scaler, gradients of the first steps often overflow
         raise ConfigError(f"the loss is {float(loss):g}, or its gradients are not finite")
     if not trainer.finite:
         return took, torch.cuda.max_memory_allocated()
@@ -107,7 +107,7 @@ def _step(trainer: Any, batch: Any, name: str, task: DenoisingTask | None, repor
 
 
 def try_validation(trainer: Any, report: Report) -> None:
-    """Validate on one batch, and see that there is what the best checkpoint is chosen by."""
+    """Validate on one batch, and check that this gives the metric that the best checkpoint is chosen by."""
     if trainer.val_loader is None:
         return
     batch, metrics = next(iter(trainer.val_loader)), {}

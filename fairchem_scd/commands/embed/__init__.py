@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
+
+if TYPE_CHECKING:
+    from fairchem_scd.commands.embed.table import Embeddings
 
 
 @click.command("embed")
@@ -14,7 +19,7 @@ import click
     type=click.Choice(["train", "val", "test"]),
     default="val",
     show_default=True,
-    help="Which of CONFIG's datasets. As in training, val and test inherit what they do not say from train.",
+    help="Which of CONFIG's datasets. As in training, val and test inherit from train what they do not set.",
 )
 @click.option(
     "--kind",
@@ -60,28 +65,12 @@ import click
     help="How the map is made; umap: pip install 'fairchem-scd[umap]'.",
 )
 @click.option("--force", is_flag=True, help="Overwrite OUT, and the map.")
-def command(
-    checkpoint: str,
-    config: str,
-    out: str,
-    split: str,
-    kind: str,
-    pool: str,
-    per_atom: bool,
-    limit: int | None,
-    batch_size: int | None,
-    weights: str | None,
-    device: str | None,
-    plot: str | None,
-    color: str | None,
-    method: str,
-    force: bool,
-) -> None:
-    """Write to OUT what the model in CHECKPOINT makes of the structures that CONFIG names.
+def command(checkpoint: str, config: str, out: str, plot: str | None, force: bool, **options: Any) -> None:
+    """Write to OUT embeddings of the structures that CONFIG names, made by the model in CHECKPOINT.
 
     CHECKPOINT is of this package, pre-trained or trained with energy and forces, or of fairchem itself, on any backbone
-    that this package trains. CONFIG is a training config; its dataset block alone is read, and the data needs no
-    labels. OUT ends in .npz or .parquet.
+    that this package trains. CONFIG is a training config, of which only the dataset block and the batch size are
+    read. The data needs no labels. OUT ends in .npz or .parquet.
 
     For B structures with N atoms and a model with C channels, OUT holds
 
@@ -104,49 +93,72 @@ def command(
       fairchem-scd embed checkpoints/RUN/best_checkpoint.pt configs/quickstart.yml val.npz --plot val.png
       python -c "import numpy as np; print(np.load('val.npz')['features'].shape)"
     """
+    color, method = options.pop("color"), options.pop("method")
+    _check_outputs(out, plot, color, method, force)
+    embeddings = _embed(checkpoint, config, drawn=plot is not None, **options)
+    embeddings.save(out, force=force)
+    shapes = (f"{name} {list(array.shape)}" for name, array in embeddings.arrays().items())
+    click.echo(f"{out}: {', '.join(shapes)}")
+    if plot is not None:
+        from fairchem_scd.commands import pictures
+        from fairchem_scd.commands.embed import embedding_map
+
+        with pictures.printed():
+            pictures.save(embedding_map.draw(embeddings, color=color, method=method), plot, force=force)
+        click.echo(f"{plot}: a map of them")
+
+
+def _check_outputs(out: str, plot: str | None, color: str | None, method: str, force: bool) -> None:
+    """Before anything is computed: both files can be written, and the map can be made."""
     from fairchem_scd.commands.embed.table import check_table
-    from fairchem_scd.errors import ConfigError
 
     check_table(out, force=force)
     if plot is None and (color or method != "pca"):
         raise click.UsageError("--color and --method are of the map: say where to draw it with --plot FILE")
     if plot is not None:
-        from fairchem_scd.commands import pictures as style
-        from fairchem_scd.commands.embed import map as embedding_map
+        from fairchem_scd.commands import pictures
+        from fairchem_scd.commands.embed import embedding_map
 
-        style.check_picture(plot, force=force)
+        pictures.check_picture(plot, force=force)
         embedding_map.check_method(method)
+
+
+def _embed(
+    checkpoint: str,
+    config: str,
+    *,
+    drawn: bool,
+    split: str,
+    limit: int | None,
+    batch_size: int | None,
+    **options: Any,
+) -> Embeddings:
+    """Read checkpoint, config and data, and embed; `options` are those of `embed`."""
     click.echo(f"Loading {checkpoint}", err=True)
     import fairchem_scd.fairchem1.plugin  # noqa: F401  (registers everything with the host)
+    from fairchem_scd.commands.config_file import read_config
     from fairchem_scd.commands.embed.embeddings import embed
+    from fairchem_scd.errors import ConfigError
     from fairchem_scd.fairchem1.checkpoint import read
-    from fairchem_scd.fairchem1.data.split import load_split, read_config
+    from fairchem_scd.fairchem1.data.split import load_split
 
     source = read(checkpoint)
     settings = read_config(config)
     dataset = load_split(settings, split)
     size = len(dataset) if limit is None else min(limit, len(dataset))
-    if plot is not None and size < embedding_map.LEAST:
-        raise ConfigError(f"--plot: a map needs {embedding_map.LEAST} structures at least (got {size})")
+    if drawn:
+        from fairchem_scd.commands.embed.embedding_map import LEAST
+
+        if size < LEAST:
+            raise ConfigError(f"--plot: a map needs {LEAST} structures at least (got {size})")
     click.echo(f"Embedding {size} structures of dataset.{split}", err=True)
     optim = settings.get("optim") or {}
-    embeddings = embed(
+    return embed(
         source,
         dataset,
-        kind=kind,
-        pool=pool,
-        per_atom=per_atom,
         batch_size=batch_size or optim.get("eval_batch_size") or optim.get("batch_size") or 16,
-        weights=weights,
-        device=device,
         limit=limit,
         progress=True,
         about={"checkpoint": checkpoint, "config": config, "split": split},
+        **options,
     )
-    embeddings.save(out, force=force)
-    shapes = (f"{name} {list(array.shape)}" for name, array in embeddings.arrays().items())
-    click.echo(f"{out}: {', '.join(shapes)}")
-    if plot is not None:
-        with style.printed():
-            style.save(embedding_map.draw(embeddings, color=color, method=method), plot, force=force)
-        click.echo(f"{plot}: a map of them")

@@ -1,4 +1,4 @@
-"""Embeddings of structures as arrays, and the files they are kept in. Plain numpy."""
+"""Embeddings of structures as numpy arrays, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _PER_ATOM = ("atom_features", "atomic_numbers", "tags")
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Embeddings of B structures with N atoms together, in the data's order; what was not asked for is None.
+    """Embeddings of B structures with N atoms in total, in the data's order. What was not asked for is None.
 
     Attributes:
-        sid: [B] the data's name of each structure; its place in the data where that has no names.
-        fid: [B] the frame of each, where the data has frames.
+        sid: [B] the data's name of each structure, or its index in the data where that has no names.
+        fid: [B] the frame of each structure, where the data has frames.
         natoms: [B].
         formula: [B] chemical formula, in Hill's order.
         adsorbate: [B] formula of the atoms with tag 2, where the data has any.
         energy: [B] eV, as the data gives it; NaN where a structure has none.
         features: [B, C] float32, the final l = 0 features, pooled over a structure's atoms.
-        condition: [B, C] float32, the c that SCD makes of a structure; zero where it has no part to embed.
+        condition: [B, C] float32, the c that SCD makes of a structure; zero where it has no atom to embed.
         atom_features: [N, C] float32, the final l = 0 features.
         structure: [N] the row of each atom's structure.
         atomic_numbers: [N].
@@ -56,9 +56,12 @@ class Embeddings:
 
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> Embeddings:
-        """Put structures together, each given by its own values under the names above; None or absent: it has none.
+        """Embeddings of structures that are each described by a record.
 
-        An array is left out where a structure has none, but for energies, and adsorbates if any has one.
+        Args:
+            records: values of a structure by the names of the attributes above. A value is None or absent where the
+                structure has none. The array is then left out, but energies are NaN, and adsorbates "", there.
+            about: see above.
         """
         columns = {name: [record.get(name) for record in records] for name in set().union(*records)}
         arrays: dict[str, np.ndarray] = {}
@@ -74,22 +77,22 @@ class Embeddings:
                 arrays[name] = np.concatenate(values)
             elif isinstance(values[0], np.ndarray):
                 arrays[name] = np.stack(values)
-            else:  # names: numbers where all are, else text
+            else:  # names: as numbers where all of them are numbers, else as text
                 arrays[name] = np.array(values if all(isinstance(v, int) for v in values) else [str(v) for v in values])
         if "atom_features" in arrays:
             arrays["structure"] = np.repeat(np.arange(len(records)), arrays["natoms"])
         return cls(**arrays, about=about)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All arrays that are there, by name."""
+        """The arrays that are not None, by name."""
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "about"}
         return {name: value for name, value in named.items() if value is not None}
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write them to a file, whole or not at all.
 
-        `.npz`: each array under its name, `about` as JSON. `.parquet`: a row for each structure; embeddings are lists
-        of C numbers, and what belongs to atoms is a list of it for each atom.
+        `.npz`: each array under its name, and `about` as JSON. `.parquet`: a row for each structure, in which an
+        embedding is a list of C numbers, and what belongs to atoms is a list with an entry for each atom.
 
         Raises:
             ConfigError: as `check_table`, or the disk is full.
@@ -102,7 +105,7 @@ class Embeddings:
                 self._write_parquet(part)
 
     def _write_npz(self, path: Path) -> None:
-        # As numpy.savez does, which leaves the archive open where the disk is full.
+        # As numpy.savez does. That would leave the archive open where the disk is full.
         with zipfile.ZipFile(path, "w") as archive:
             for name, array in {**self.arrays(), "about": np.array(json.dumps(dict(self.about)))}.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -115,7 +118,7 @@ class Embeddings:
         offsets = np.concatenate([[0], np.cumsum(self.natoms)]).astype(np.int32)
         columns = {}
         for name, array in self.arrays().items():
-            if name == "structure":  # said by the row
+            if name == "structure":  # each row is a structure
                 continue
             column = pa.array(array.reshape(-1))
             if array.ndim == 2:
@@ -126,7 +129,7 @@ class Embeddings:
 
 
 def check_table(path: str | Path, *, force: bool = False) -> Path:
-    """Check that embeddings can be written to a file, before they are made.
+    """Check that embeddings can be written to a file. Called before they are made.
 
     Raises:
         ConfigError: the ending is neither .npz nor .parquet, parquet cannot be written here, or as `check_output`.
@@ -137,7 +140,7 @@ def check_table(path: str | Path, *, force: bool = False) -> Path:
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401
-        except ImportError as error:  # also where it does not go with what else is installed
+        except ImportError as error:  # also raised where it does not work with the other packages
             raise ConfigError(
                 f"{path}: parquet needs pyarrow ({error}): pip install 'fairchem-scd[parquet]'; .npz needs nothing"
             ) from error

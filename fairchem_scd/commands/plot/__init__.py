@@ -8,7 +8,7 @@ import click
 @click.command("plot")
 @click.argument("run_dir", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--run", metavar="NAME", help="Which run, where RUN_DIR holds several: the name of its log folder.")
+@click.option("--run", metavar="NAME", help="The name of the run's log folder, where RUN_DIR holds several runs.")
 @click.option(
     "--column",
     type=click.Choice(["single", "double"]),
@@ -21,20 +21,20 @@ def command(run_dir: str, out: str, run: str | None, column: str, force: bool) -
     """Draw a training run from its TensorBoard log, as a picture OUT (.png, .pdf or .svg).
 
     RUN_DIR is what fairchem was given as --run-dir (else the directory it ran in), or any folder with the log below it.
-    Panels: the loss and its parts, the mean absolute errors of forces (eV/Å) and energy (eV), and of the denoised
-    positions (Å); what a run has not logged is left out. A resumed run is one curve.
+    Panels: the loss and its terms, the mean absolute errors of forces (eV/Å) and energy (eV), and of the denoised
+    positions (Å). What a run has not logged is left out. A resumed run is one curve.
 
-    Training curves show what fairchem logs in every step, the mean since it last printed: faint, with a running median
-    over them, where there are many points. Validation has markers. "Denoising" are errors and losses on
-    structures that DeNS or noisy nodes corrupted.
+    Training curves show what fairchem logs, the mean since it last printed. Where there are many points they are faint,
+    and a running median is drawn over them. Validation has markers. "Denoising" marks errors and losses on structures
+    that DeNS or noisy nodes corrupted.
 
     \b
     Example:
       fairchem-scd plot my_run curves.pdf --column single
     """
-    from fairchem_scd.commands import pictures as style
+    from fairchem_scd.commands import pictures
 
-    style.check_picture(out, force=force)
+    pictures.check_picture(out, force=force)
     import numpy as np
 
     from fairchem_scd.commands.plot import training_run
@@ -42,8 +42,8 @@ def command(run_dir: str, out: str, run: str | None, column: str, force: bool) -
 
     name, files = find_run(run_dir, run)
     curves = read_curves(files, training_run.ENDINGS)
-    figure = training_run.draw(curves, width=style.DOUBLE if column == "double" else style.SINGLE)
-    style.save(figure, out, force=force)
+    figure = training_run.draw(curves, width=pictures.DOUBLE if column == "double" else pictures.SINGLE)
+    pictures.save(figure, out, force=force)
     last = max(int(curve.steps[-1]) for curve in curves.values())
     click.echo(f"{out}: {name}, {last} steps, {len(figure.axes)} panels")
     loss = curves.get("train/loss")

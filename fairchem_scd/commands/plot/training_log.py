@@ -26,10 +26,10 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Curve:
-    """Values of one tag.
+    """The values that a run logged under one tag.
 
     Attributes:
-        steps: [n] int, training steps, rising.
+        steps: [n] int, training steps, in rising order.
         values: [n] float, in the unit the run logged.
     """
 
@@ -42,10 +42,10 @@ def find_run(folder: str | Path, name: str | None = None) -> tuple[str, list[Pat
 
     Args:
         folder: a `--run-dir`, its `logs`, or a run's own log folder.
-        name: of the run's log folder, with or without folders above it; needed where there are several runs.
+        name: of the run's log folder, with or without the folders above it. Needed where there are several runs.
 
     Returns:
-        The run's name, and its event files, the oldest first: a resumed run has several.
+        The run's name, and its event files, the oldest first. A resumed run has several.
 
     Raises:
         ConfigError: there is no run, none of that name, or more than one.
@@ -81,7 +81,7 @@ def read_curves(files: Sequence[Path], endings: tuple[str, ...]) -> dict[str, Cu
     """Curves of the scalars that a run logged.
 
     Args:
-        files: event files of one run, the oldest first; where two have a step, the later is right.
+        files: event files of one run, the oldest first. Where two have the same step, the later file counts.
         endings: of the tags to read.
 
     Returns:
@@ -108,7 +108,7 @@ def _curve(points: dict[int, float]) -> Curve:
 
 
 def _events(path: Path, needles: Sequence[bytes] = (b"",)) -> Iterator[Event]:
-    """The events of a file, as far as they are whole, whose record holds one of the needles."""
+    """The events of a file whose record holds one of the needles. A record that is cut short ends the file."""
     try:
         with path.open("rb") as file:
             for number, record in enumerate(_records(file, path)):

@@ -1,4 +1,4 @@
-"""A training run in a picture: losses by part, errors of forces, energy and noise, against the training step."""
+"""A picture of a training run: the terms of the loss, and errors of forces, energy and noise, by training step."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from fairchem_scd.commands import pictures as style
+from fairchem_scd.commands import pictures
 from fairchem_scd.commands.plot.training_log import Curve
 from fairchem_scd.errors import ConfigError
 
 ENDINGS = ("_mae", "loss")
-"""Of the tags that a picture shows."""
+"""Endings of the tags that a picture shows."""
 
 _DENSE = 120
-"""From so many points on a training curve is a faint line with its running median."""
+"""A training curve with this many points or more is a faint line with its running median."""
 
 _BAND = 2000
-"""From so many points on the faint line is a band, from the 5th to the 95th percentile: less ink, and a small file."""
+"""With this many points or more the faint line is a band, from the 5th to the 95th percentile. The file stays small."""
 
 _BINS = 400
 _HEIGHT = 2.1
@@ -43,10 +43,10 @@ class _Panel:
     log: bool = False
 
 
-# A hue is a quantity, dashes are its part on corrupted structures, markers are validation.
+# Each quantity has a colour. Dashed lines are of corrupted structures. Lines with markers are of validation.
 _BLACK = "#000000"
-_ENERGY, _FORCES, _NOISE = style.COLORS[0], style.COLORS[1], style.COLORS[3]
-_SPARE = (style.COLORS[5], style.COLORS[2], style.COLORS[4], style.COLORS[6])
+_ENERGY, _FORCES, _NOISE = pictures.COLORS[0], pictures.COLORS[1], pictures.COLORS[3]
+_SPARE = (pictures.COLORS[5], pictures.COLORS[2], pictures.COLORS[4], pictures.COLORS[6])
 
 _LOSSES = (
     _Line("train/energy_loss", "energy", _ENERGY),
@@ -82,16 +82,15 @@ _ERRORS = (
 )
 
 
-def draw(curves: Mapping[str, Curve], *, width: float = style.DOUBLE) -> Figure:
+def draw(curves: Mapping[str, Curve], *, width: float = pictures.DOUBLE) -> Figure:
     """Draw a run; a panel without data is left out.
 
-    Training curves are thin lines of what the run logged: means since it last printed, of the steps that had the
-    part. Where they are dense, what was logged is faint, and its running median is drawn over it. Validation has
-    markers.
+    Training curves are thin lines of what the run logged: the mean since it last printed, over the steps that had the
+    term. Where a curve has many points it is faint, and its running median is drawn over it. Validation has markers.
 
     Args:
         curves: by tag, such as `train/forces_mae` (eV/Å), `train/energy_mae` (eV), `train/denoising_pos_mae` (Å).
-        width: of the figure, inches; one of two columns or more has panels side by side.
+        width: of the figure, inches. A figure as wide as two columns has panels side by side.
 
     Raises:
         ConfigError: none of the curves is one that is drawn.
@@ -103,7 +102,7 @@ def draw(curves: Mapping[str, Curve], *, width: float = style.DOUBLE) -> Figure:
     ]
     if not panels:
         raise ConfigError("the log has no loss and no error of energy, forces or noise")
-    with style.printed():
+    with pictures.printed():
         figure, axes = _layout(len(panels), width)
         last = max(int(curves[line.tag].steps[-1]) for panel in panels for line in panel.lines)
         for panel, ax in zip(panels, axes, strict=True):
@@ -113,16 +112,16 @@ def draw(curves: Mapping[str, Curve], *, width: float = style.DOUBLE) -> Figure:
         for ax in axes:
             cell = ax.get_subplotspec()
             ax.set_xlabel("training step" if cell.is_last_row() else "")
-            # Across both columns the steps lie elsewhere than in the panels below.
+            # A panel across both columns has its ticks elsewhere than the panels below.
             ax.tick_params(labelbottom=cell.is_last_row() or len(cell.colspan) > 1)
     return figure
 
 
 def _losses(curves: Mapping[str, Curve]) -> _Panel:
-    """The parts of the loss that are there, and their sum where it is not one of them alone."""
+    """The terms of the loss that the run has, and their sum unless it equals the only term."""
     known = {line.tag for line in _LOSSES}
     others = sorted(t for t in curves if t.startswith("train/") and t.endswith("_loss") and t not in known)
-    # Of outputs that most runs do not have, such as stress.
+    # These are of outputs that most runs do not have, such as stress.
     stems = [tag.removeprefix("train/").removesuffix("_loss") for tag in others]
     hues = dict(zip(dict.fromkeys(stem.removeprefix("denoising_") for stem in stems), cycle(_SPARE), strict=False))
     rare = []
@@ -143,10 +142,10 @@ def _same(one: Curve, other: Curve) -> bool:
 
 
 def _layout(count: int, width: float) -> tuple[Figure, list[Axes]]:
-    """One column of panels, or two, with the first across both where their number is odd."""
-    columns = 2 if width >= style.DOUBLE and count > 1 else 1
+    """Panels in one column or in two. Where their number is odd, the first is across both columns."""
+    columns = 2 if width >= pictures.DOUBLE and count > 1 else 1
     rows = -(-count // columns)
-    figure = style.new_figure(width, _HEIGHT * rows + 0.4)
+    figure = pictures.new_figure(width, _HEIGHT * rows + 0.4)
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
     grid = figure.add_gridspec(rows, columns)
     if count % columns == 0:
@@ -170,7 +169,7 @@ def _draw_panel(ax: Axes, panel: _Panel, curves: Mapping[str, Curve]) -> None:
     if panel.log and span > 5:
         ax.set_yscale("log")
         if span < 100:
-            # Decades alone would be one tick or two.
+            # Powers of ten alone would be one or two ticks.
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter(ScalarFormatter())
             ax.yaxis.set_minor_formatter(NullFormatter())
@@ -203,7 +202,7 @@ def _draw_training(ax: Axes, curve: Curve, line: _Line) -> None:
 
 
 def _median(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """Running median over 2% of the points, 21 at least, at no more than `_BINS` steps: (steps, values)."""
+    """Running median over 2% of the points, at least 21, at no more than `_BINS` steps: (steps, values)."""
     count = len(curve.steps)
     half = max(10, count // 100)
     centres = np.unique(np.linspace(0, count - 1, min(count, _BINS)).round().astype(int))
@@ -212,7 +211,7 @@ def _median(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _binned(curve: Curve, low: float, high: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Percentiles of `_BINS` runs of points: (steps, low, high)."""
+    """Two percentiles of the points in each of `_BINS` bins: (steps, low, high)."""
     bins = np.array_split(np.arange(len(curve.steps)), _BINS)
     middle = [rows[len(rows) // 2] for rows in bins]
     bounds = [_finite(np.nanpercentile, curve.values[rows], [low, high]) for rows in bins]
@@ -221,5 +220,5 @@ def _binned(curve: Curve, low: float, high: float) -> tuple[np.ndarray, np.ndarr
 
 
 def _finite(function, values: np.ndarray, *arguments):
-    """A statistic of values of which some are numbers; not a number where none is."""
+    """A statistic of the values that are numbers; NaN where none is."""
     return function(values, *arguments) if not np.isnan(values).all() else np.nan

@@ -12,29 +12,18 @@ from torch import nn
 
 from fairchem_scd.denoising.conditions.self_condition import check_same_form
 from fairchem_scd.errors import ConfigError
-from fairchem_scd.fairchem1.checkpoint.files import read
-from fairchem_scd.fairchem1.checkpoint.source import (
-    ADDED,
-    Source,
-    bare,
-    check_weights,
-    is_pretrained,
-    model_config,
-    source_weights,
-    trainable,
-)
-
-_TRAINING_STATE = {"optimizer", "scheduler", "epoch", "step", "best_val_metric", "primary_metric"}
+from fairchem_scd.fairchem1.checkpoint.stored_run import StoredRun, check_weights
+from fairchem_scd.fairchem1.checkpoint.training_state import ADDED, KEYS
 
 
 def is_of(checkpoint: Mapping[str, Any], model: nn.Module) -> bool:
     """Whether a checkpoint has exactly the weights of a model, and was trained by the same rule of weight decay."""
-    legacy = bool(model_config(checkpoint).get("legacy_weight_decay"))
-    if is_pretrained(checkpoint) != getattr(model, "self_supervised", False):
+    run = StoredRun(checkpoint)
+    if run.is_legacy or run.is_pretrained != getattr(model, "self_supervised", False):
         return False
-    theirs = {bare(key): value.shape for key, value in checkpoint["state_dict"].items()}
-    ours = {key: value.shape for key, value in model.state_dict().items()}
-    return theirs == ours and legacy == getattr(model, "legacy_weight_decay", False)
+    stored = {key: value.shape for key, value in run.weights.items()}
+    own = {key: value.shape for key, value in model.state_dict().items()}
+    return stored == own and run.decays_as_legacy == getattr(model, "legacy_weight_decay", False)
 
 
 def adapt(
@@ -48,63 +37,69 @@ def adapt(
     """Turn a checkpoint of another kind into one for `model`.
 
     Args:
-        checkpoint: of the plain host model, its one-piece twin, or with other tasks.
+        checkpoint: of the plain host model, of a legacy one-piece model, or with other tasks.
         model: the unwrapped model to load it into; it lends its fresh weights for the parts it alone has.
         optimizer: of this run, in its fresh state; None: leave training state out.
         ema: the host's moving average of this run, in its fresh state, or None.
         restart: count steps from zero.
 
     Returns:
-        A new checkpoint: host weights kept, added parts of the source dropped and of the target fresh unless both
-        have them, optimiser state and moving average kept for the host's parameters.
+        A new checkpoint. It keeps the host's weights, with their optimiser state and moving average. Of what was added,
+        it has what `model` has: from the checkpoint where that has it too, else fresh.
 
     Raises:
         ConfigError: the host's own weights do not match.
     """
-    if is_pretrained(checkpoint) != getattr(model, "self_supervised", False):
-        words = ("without", "with") if is_pretrained(checkpoint) else ("with", "without")
+    run, fresh = StoredRun(checkpoint), model.state_dict()
+    if run.is_pretrained != getattr(model, "self_supervised", False):
+        words = ("without", "with") if run.is_pretrained else ("with", "without")
         raise ConfigError(
             f"--checkpoint: it is of a run {words[0]} outputs, and this is one {words[1]} them; start from its "
             "backbone instead: name it under model.finetune_config.starting_checkpoint, and leave model.backbone out"
         )
-    adapted = dict(checkpoint)
-    weights, fresh = source_weights(checkpoint), model.state_dict()
-    theirs, ours = ({k: v for k, v in values.items() if not k.startswith(ADDED)} for values in (weights, fresh))
-    check_weights(theirs, ours, "the checkpoint is of another model than the config's")
-    check_same_form("--checkpoint", weights, fresh)
-    adapted["state_dict"] = {key: weights.get(key, value) for key, value in fresh.items()}
-    added = sorted({".".join(key.split(".")[:2]) for key in fresh if key not in weights})
+    stored, own = ({k: v for k, v in values.items() if not k.startswith(ADDED)} for values in (run.weights, fresh))
+    check_weights(stored, own, "the checkpoint is of another model than the config's")
+    check_same_form("--checkpoint", run.weights, fresh)
+    adapted = {**checkpoint, "state_dict": {key: run.weights.get(key, value) for key, value in fresh.items()}}
+    added = sorted({".".join(key.split(".")[:2]) for key in fresh if key not in run.weights})
     logging.info("a checkpoint of another kind: its weights are kept; fresh: %s", ", ".join(added) or "nothing")
 
-    source = Source(checkpoint, model)
-    adapted["ema"] = source.ema(trainable(model), adapted["state_dict"], ema.decay) if ema is not None else None
+    state = run.training_state(model)
+    adapted["ema"] = state.average_for(model, adapted["state_dict"], ema.decay) if ema is not None else None
     if optimizer is None:
-        return {key: value for key, value in adapted.items() if key not in _TRAINING_STATE}
+        return {key: value for key, value in adapted.items() if key == "ema" or key not in KEYS}
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-    adapted["optimizer"] = source.optimizer(optimizer.state_dict(), groups, keep_rate=not restart)
+    adapted["optimizer"] = state.optimizer_for(optimizer.state_dict(), groups, keep_rate=not restart)
     if restart:
         adapted.update(epoch=0, step=0, scheduler=None, best_val_metric=None, primary_metric=None)
     return adapted
 
 
 def carry_over(model: nn.Module, path: str | Path) -> None:
-    """Load what a starting checkpoint's run added into a model that fine-tunes from it; the host carries the rest.
+    """Load what a starting checkpoint's run added into a model that fine-tunes from it; the host loads the rest.
 
-    A noise head goes to every task that has none of its own there. A running scale starts fresh: the noise is another.
+    A task whose noise head the checkpoint does not have gets the noise head of another task. Running scales start
+    fresh, since the new run's noise may have another size.
 
     Raises:
         ConfigError: the backbone has been trained under a mask token that the model does not have, or the reverse.
     """
-    weights = {k: v for k, v in source_weights(read(path)).items() if k.startswith(ADDED)}
+    weights = {key: value for key, value in StoredRun.read(path).weights.items() if key.startswith(ADDED)}
     check_same_form("model.finetune_config.starting_checkpoint", weights, model.state_dict())
-    heads = {key.split(".", 3)[-1]: value for key, value in weights.items() if ".noise_head." in key}
-    state = {key: value for key, value in model.state_dict().items() if key.startswith(ADDED)}
-    carried = []
-    for key, value in state.items():
-        theirs = weights.get(key, heads.get(key.split(".", 3)[-1]) if ".noise_head." in key else None)
-        if ".scale." not in key and theirs is not None and theirs.shape == value.shape:
-            value.copy_(theirs)
-            carried.append(".".join(key.split(".")[:3]))
+    heads = {_within_task(key): value for key, value in weights.items() if ".noise_head." in key}
+    carried = set()
+    for key, own in model.state_dict().items():
+        if not key.startswith(ADDED) or ".scale." in key:
+            continue
+        stored = weights.get(key, heads.get(_within_task(key)) if ".noise_head." in key else None)
+        if stored is not None and stored.shape == own.shape:
+            own.copy_(stored)
+            carried.add(".".join(key.split(".")[:3]))
     if carried:
-        logging.info("from the starting checkpoint besides: %s", ", ".join(sorted(set(carried))))
+        logging.info("from the starting checkpoint besides: %s", ", ".join(sorted(carried)))
+
+
+def _within_task(key: str) -> str:
+    """The rest of `denoising.<task>.<module>.<rest>`."""
+    return key.split(".", 3)[-1]

@@ -1,4 +1,4 @@
-"""Random repeats of small periodic cells: another cell choice of the same crystal, with everything it carries."""
+"""Random repeats of small periodic cells: the same crystal in a larger cell, with its labels and marks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNCHANGED = ("stress", "stress_isotropic", "stress_anisotropic", "pbc", "sid", 
 
 
 def check_outputs(outputs: Mapping[str, Any]) -> frozenset[str]:
-    """The labels of atoms among a config's outputs. Raises ConfigError for one of which it is not known if it grows."""
+    """The per-atom labels among a config's outputs. Raises ConfigError where an output may or may not be extensive."""
     known = {*_PER_ATOM, *_EXTENSIVE, *_UNCHANGED}
     for name, output in outputs.items():
         if name not in known and output.get("level") != "atom":
@@ -33,7 +33,7 @@ def check_outputs(outputs: Mapping[str, Any]) -> frozenset[str]:
 
 
 def repeat(row: Any, repeats: Sequence[int], per_atom: Collection[str] = ()) -> Any:
-    """A structure in a cell repeated along its axes, labels and marks carried along.
+    """A structure in a cell that is repeated along its axes, with its labels and marks.
 
     Args:
         row: of a host dataset. Energies grow with the number of copies, forces and tags are copied, stress stays.
@@ -41,7 +41,8 @@ def repeat(row: Any, repeats: Sequence[int], per_atom: Collection[str] = ()) -> 
         per_atom: further keys with a row for each atom, which are copied.
 
     Returns:
-        A new row, copy after copy, with what is known of these keys alone: edges belong to the old cell.
+        A new row, with one copy of the atoms after the other. Keys of which it is not known how they change are left
+        out, such as edges.
     """
     out, per_atom = copy.copy(row), {*_PER_ATOM, *per_atom}
     known = {*_POSITIONS, *per_atom, *_EXTENSIVE, *_UNCHANGED, "cell", "natoms"}
@@ -63,7 +64,7 @@ def repeat(row: Any, repeats: Sequence[int], per_atom: Collection[str] = ()) -> 
 
 
 def draw_repeats(natoms: int, periodic: Sequence[bool], settings: CellRepeatSettings, rng: Any) -> tuple[int, int, int]:
-    """How often to repeat a cell along each axis: at most twice at random, and on until it has enough atoms."""
+    """How often to repeat a cell along each axis: at random at most twice, then more until it has `min_atoms`."""
     repeats, axes = [1, 1, 1], [axis for axis in range(3) if periodic[axis]]
     if not axes:
         return 1, 1, 1
@@ -83,15 +84,15 @@ def draw_repeats(natoms: int, periodic: Sequence[bool], settings: CellRepeatSett
 class RepeatedCells(Dataset):
     """A host dataset whose small periodic cells are repeated at random, anew in each epoch.
 
-    Repeats are drawn from (seed, epoch, identity), so they are the same whatever worker or rank loads a structure, and
-    after a restart.
+    Repeats are drawn from (seed, epoch, identity). So they do not depend on the worker or rank that loads a structure,
+    and are the same after a restart.
 
     Args:
         dataset: of the host.
         settings: how to draw them.
         seed: of the run.
         sampler: the host's batch sampler, which knows the epoch.
-        per_atom: labels of atoms, beside forces.
+        per_atom: names of further per-atom labels, beside forces.
     """
 
     def __init__(
@@ -109,5 +110,5 @@ class RepeatedCells(Dataset):
         rng = stream(self.seed, self.sampler.sampler.epoch, f"cell of {name}")
         pbc = getattr(row, "pbc", None)
         periodic = [True] * 3 if pbc is None else [bool(p) for p in pbc.view(-1)]
-        # Through `repeat` in any case: all rows of a batch must have the same keys.
+        # Also where nothing is repeated: all rows of a batch must have the same keys, and `repeat` leaves some out.
         return repeat(row, draw_repeats(len(row.pos), periodic, self.settings, rng), self.per_atom)

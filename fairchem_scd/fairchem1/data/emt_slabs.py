@@ -35,23 +35,23 @@ _SYSTEMS = [(m, f, a) for m in _METALS for f in _FACETS for a in _ADSORBATES]
 
 @registry.register_dataset("emt_slabs")
 class EmtSlabsDataset(LmdbDataset):
-    """The host's LMDB dataset over data that is written when it is first asked for.
+    """The host's LMDB dataset, over data that is written when the dataset is first opened.
 
     Settings, beside those of the host's `lmdb` format:
         src: folder of the data.
         num_structures: how many; 200 by default.
-        num_systems: of how many pairs of slab and adsorbate they are frames; all 126 by default.
-        seed: another seed gives other structures; 0 by default.
+        num_systems: number of different pairs of slab and adsorbate; all 126 by default.
+        seed: of the random displacements; 0 by default.
 
-    The same settings give the same structures and labels. Any number of processes may ask at once: one writes, the
-    others wait; a writer that dies leaves nothing that counts.
+    The same settings give the same structures and labels. Any number of processes may open it at once: one writes, the
+    others wait. What a process wrote before it was killed is never used.
 
     Raises:
         ConfigError: `src` is missing, or holds data written with other settings.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self.path, self.envs = Path(), []  # the host's __del__ reads them, also after an error here
+        self.path, self.envs = Path(), []  # the host's __del__ reads them, even if an error is raised below
         if not config.get("src"):
             raise ConfigError("dataset: format emt_slabs needs src, the folder to keep its data in")
         settings = {"num_structures": 200, "num_systems": len(_SYSTEMS), "seed": 0}
@@ -70,11 +70,11 @@ def write_emt_slabs(folder: Path, num_structures: int, num_systems: int, seed: i
     for key, least in (("num_structures", 1), ("num_systems", 1), ("seed", 0)):
         if isinstance(settings[key], bool) or not isinstance(settings[key], int) or settings[key] < least:
             raise ConfigError(f"dataset.{key}: expected a whole number of at least {least} (got {settings[key]!r})")
-    if folder.exists():  # whole, and perhaps where nothing can be written
+    if folder.exists():  # it is complete then, and may lie where nothing can be written
         _check_same(folder, settings)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # The lock dies with its holder, and the folder takes its name only when whole.
+    # The lock ends with the process that holds it, and the folder gets its name only when it is complete.
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if folder.exists():
             _check_same(folder, settings)

@@ -1,32 +1,30 @@
-"""Rows that cannot be trained on, found where they are read."""
+"""Finds rows that cannot be trained on when they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from ase import Atoms
-from ase.neighborlist import neighbor_list
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fairchem_scd.errors import ConfigError, DataError
+from fairchem_scd.fairchem1.data.distances import nearest_images, neighbours
 from fairchem_scd.fairchem1.data.rows import check_batch
 
 _SAME_SPOT = 0.01
-"""Å; atoms closer than this are one atom listed twice. The host leaves out such edges, and trains on the labels."""
+"""Å. Atoms closer than this are one atom listed twice. The host would leave out their edge and train on the labels."""
 
 _SAMPLE = 32
 _ENOUGH = 100
-"""Bad rows in a row after which the data itself is bad."""
+"""After so many bad rows one after the other, reading ends in an error."""
 
 
 class Guarded(Dataset):
-    """A host dataset in which the next good row stands in for a bad one.
+    """A host dataset in which the next good row takes the place of a bad one.
 
-    Every row says under `bad_data` what was wrong with those it stands in for, "" if nothing; whether that ends the run
-    is for the trainer to say, on all ranks at once.
+    Every row says under `bad_data` what was wrong with the rows whose place it takes, "" if it takes none. Whether that
+    ends the run is decided by the trainer, on all ranks at once.
 
     Args:
         dataset: of the host, or a wrapper of this package.
@@ -41,7 +39,7 @@ class Guarded(Dataset):
         return len(self.dataset)
 
     def read(self, index: int) -> tuple[Any, Exception | None]:
-        """The row, or what is wrong with it."""
+        """The row and None, or None and what is wrong with the row."""
         try:
             row = self.dataset[index]
         except Exception as error:  # of lmdb, pickle, ase …
@@ -66,10 +64,10 @@ class Guarded(Dataset):
         """Rows evenly spaced over the data.
 
         Args:
-            skip: leave bad ones out.
+            skip: leave bad rows out.
 
         Raises:
-            ConfigError, DataError: there are no rows; all of them are bad, or one is and `skip` is False.
+            ConfigError, DataError: there are no rows, all of them are bad, or one is bad and `skip` is False.
         """
         if not len(self):
             raise ConfigError(f"dataset.{self.split}: no structures")
@@ -89,7 +87,7 @@ class Guarded(Dataset):
         return f"dataset.{self.split}, row {self._place(index)}: {error}"
 
     def _place(self, index: int) -> int:
-        """The row's number in the data itself; the host's datasets are shuffled subsets."""
+        """The row's number in the data. The host's datasets are shuffled subsets of it."""
         dataset = self.dataset
         while not hasattr(dataset, "indices") and hasattr(dataset, "dataset"):
             dataset = dataset.dataset
@@ -113,12 +111,12 @@ def check_row(
     Args:
         row: of a dataset.
         split: its key in the config.
-        needed: for each label that is trained on or told, what asks for it.
+        needed: for each label that is trained on or conditioned on, the part of the config that asks for it.
         max_num_elements: see `check_batch`.
-        elements_key: likewise.
+        elements_key: see `check_batch`.
         use_pbc: the model's graphs are periodic.
         cutoff: within which the model sees neighbours, Å.
-        alone: why the host cannot run the row without any edge; "" where it can.
+        alone: why the host cannot run a row without any edge, for the message; "" where it can.
     """
     if not len(row.pos):
         raise DataError("a structure without atoms")
@@ -138,28 +136,6 @@ def check_row(
         raise DataError(f"no atom has a neighbour within {cutoff:g} Å, and {alone}")
 
 
-def nearest_images(row: Any, use_pbc: bool = True) -> Tensor:
-    """[N, N] distances by the minimum image convention in fractional coordinates, Å; infinite on the diagonal.
-
-    Exact where they are small against the cell, and never too small. Without `use_pbc` there are no images.
-    """
-    vectors = row.pos[:, None] - row.pos[None]
-    cell = row.cell.view(3, 3).to(row.pos) if getattr(row, "cell", None) is not None else None
-    if cell is not None and float(torch.linalg.det(cell).abs()) > 0:
-        fractional = vectors @ torch.linalg.inv(cell)
-        vectors = (fractional - fractional.round() * _periodic(row, use_pbc)) @ cell
-    return vectors.norm(dim=-1).fill_diagonal_(torch.inf)
-
-
-def _periodic(row: Any, use_pbc: bool) -> Tensor:
-    pbc = getattr(row, "pbc", None) if use_pbc else (False, False, False)
-    return torch.as_tensor(pbc).view(-1)[:3].to(row.pos) if pbc is not None else torch.ones(3)
-
-
 def _has_neighbours(row: Any, distance: Tensor, cutoff: float, use_pbc: bool) -> bool:
-    if float(distance.min()) < cutoff:
-        return True
-    cell = row.cell.view(3, 3).numpy() if getattr(row, "cell", None) is not None else None
-    periodic = _periodic(row, use_pbc).bool().numpy() if cell is not None else False
-    atoms = Atoms(row.atomic_numbers.view(-1).numpy(), row.pos.numpy(), cell=cell, pbc=periodic)
-    return len(neighbor_list("i", atoms, cutoff)) > 0
+    """Whether any atom has a neighbour. `distance`: from `nearest_images`, which finds most of them faster."""
+    return float(distance.min()) < cutoff or len(neighbours(row, cutoff, use_pbc)[0]) > 0

@@ -16,14 +16,14 @@ from fairchem_scd.errors import ConfigError
 def read_md_marks(folder: Path) -> np.ndarray:
     """Read the `data_log.*.txt` files beside the LMDBs.
 
-    The files sorted by name, their lines counted through: line k describes structure k of the sorted `*.lmdb` files,
-    as in `…/relaxations/…/random1331004.traj,258,365`.
+    The files are sorted by name, and their lines numbered from the first file to the last. Line k describes structure k
+    of the sorted `*.lmdb` files, as in `…/relaxations/…/random1331004.traj,258,365`.
 
     Returns:
         [lines] bool: the line's path names `md` and not `relaxations`.
 
     Raises:
-        ConfigError: the folder has no such file, or no line tells.
+        ConfigError: the folder has no such file, or no line says what kind of frame it is.
     """
     logs = sorted(folder.glob("*.txt"))
     if not logs:
@@ -33,7 +33,7 @@ def read_md_marks(folder: Path) -> np.ndarray:
         )
     marks, tells = [], False
     for log in logs:
-        # OC20 All+MD has 172 million lines: none is kept.
+        # OC20 All+MD has 172 million lines, so none is kept in memory.
         with log.open() as lines:
             kinds = np.fromiter((2 if "relaxations" in line else "md" in line for line in lines), dtype=np.int8)
         tells |= bool(kinds.any())

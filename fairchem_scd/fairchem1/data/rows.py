@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from ase.data import chemical_symbols
 
 from fairchem_scd.denoising.structures import identities, structures_of
 from fairchem_scd.denoising.tasks import DenoisingTask
@@ -75,14 +76,8 @@ def check_batch(
     Raises:
         DataError: an element beyond the model's table, or positions or labels that are not finite.
     """
-    elements = batch.atomic_numbers
-    if max_num_elements is not None and int(elements.max()) >= max_num_elements:
-        atom = int(elements.argmax())
-        raise DataError(
-            f"{_name(batch, atom)}: element {int(elements[atom])} is beyond the model's table, which ends at "
-            f"{max_num_elements - 1}; "
-            + (f"raise model.backbone.{elements_key}" if elements_key else "this backbone's cannot be made longer")
-        )
+    advice = f"raise model.backbone.{elements_key}" if elements_key else "this backbone's cannot be made longer"
+    check_elements(batch, max_num_elements, advice)
     for key in ("pos", "cell", *sorted(labels)):
         values = getattr(batch, key, None)
         values = torch.as_tensor(values) if values is not None else None
@@ -92,9 +87,33 @@ def check_batch(
         per_atom = values.dim() > 0 and len(values) == natoms and key != "cell" and natoms != size
         rows = values.reshape(natoms if per_atom else size, -1)
         row = int((~rows.isfinite().all(dim=-1)).nonzero()[0])
-        name = _name(batch, row) if per_atom else _name_of(batch, row)
+        name = _name(batch, row) if per_atom else name_of(batch, row)
         what = f"{key} of an atom is" if per_atom else f"{key} is"
         raise DataError(f"{name}: {what} not finite: {rows[row].tolist()}")
+
+
+def check_elements(batch: Any, max_num_elements: int | None, advice: str) -> None:
+    """Check the elements of a batch or row.
+
+    Args:
+        batch: collated, or one row.
+        max_num_elements: one more than the highest atomic number that the model knows, if it has a table of them.
+        advice: ends the message.
+
+    Raises:
+        DataError: names an element beyond the model's table.
+    """
+    elements = batch.atomic_numbers
+    if max_num_elements is not None and int(elements.max()) >= max_num_elements:
+        atom = int(elements.argmax())
+        raise DataError(
+            f"{_name(batch, atom)}: element {_element(int(elements[atom]))} is beyond the model's table, which ends at "
+            f"{_element(max_num_elements - 1)}; {advice}"
+        )
+
+
+def _element(number: int) -> str:
+    return f"{number} ({chemical_symbols[number]})" if number < len(chemical_symbols) else str(number)
 
 
 @contextmanager
@@ -140,15 +159,16 @@ def _without_edges(backbone: Any, batch: Any) -> list[int]:
 
 def names_of(batch: Any) -> list[str]:
     """What messages call each structure of a batch."""
-    return [_name_of(batch, i) for i in range(len(batch.natoms))]
+    return [name_of(batch, i) for i in range(len(batch.natoms))]
 
 
 def _name(row: Any, atom: int = 0) -> str:
     """The structure that an atom of a batch or row belongs to."""
     index = getattr(row, "batch", None)
-    return _name_of(row, int(index[atom]) if index is not None else 0)
+    return name_of(row, int(index[atom]) if index is not None else 0)
 
 
-def _name_of(row: Any, structure: int) -> str:
+def name_of(row: Any, structure: int = 0) -> str:
+    """What messages call a structure of a batch, or a row."""
     names = identities(row)
     return f"structure sid/fid {names[structure]}" if names else "a structure without sid"

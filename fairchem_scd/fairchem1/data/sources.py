@@ -1,4 +1,4 @@
-"""Checks that a config's data files are there and whole, before training opens them."""
+"""Checks that the data files of a config are there and complete, before training opens them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ASE = ("ase_db", "ase_lmdb", "ase_read", "ase_read_multi")
 
 
 def check_source(key: str, dataset: Mapping[str, Any], train: Mapping[str, Any]) -> None:
-    """Check that the data of a split is there, and its LMDB files whole.
+    """Check that the data of a split is there, and that its LMDB files are complete.
 
     Args:
         key: where the split stands in the config.
@@ -64,14 +64,14 @@ def _lmdb_files(path: Path) -> list[Path]:
 
 
 def check_whole(key: str, file: Path) -> None:
-    """Check that an LMDB file was not cut short: reading beyond its end kills a process (SIGBUS), with no word.
+    """Check that an LMDB file was not cut short. Reading beyond its end would kill the process (SIGBUS) silently.
 
     Args:
         key: of the split in the config.
         file: of LMDB's format, whatever its name.
 
     Raises:
-        DataError: it was, or is no LMDB file.
+        DataError: it was cut short, or it is no LMDB file.
     """
     size = file.stat().st_size
     try:
@@ -79,8 +79,8 @@ def check_whole(key: str, file: Path) -> None:
             needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
     except lmdb.Error as error:
         raise DataError(f"{key}.src: {file} ({size} bytes) is no whole LMDB file: {error}") from error
-    # A file may lack pages at its end that are free, where rows were deleted while it was written. That is rare, and
-    # only reading tells.
+    # Where rows were deleted while it was written, a file may lack unused pages at its end. That is rare, and only
+    # reading shows it.
     if size < needed and not _can_be_read(file):
         raise DataError(f"{key}.src: {file} was cut short: it has {size} of {needed} bytes; copy or download it again")
 
@@ -94,7 +94,7 @@ with lmdb.open(sys.argv[1], subdir=False, readonly=True, lock=False) as env, env
 
 
 def _can_be_read(file: Path) -> bool:
-    """Whether all of an LMDB file can be read. Where not, the process that tries is killed: it is one of its own."""
+    """Whether all of an LMDB file can be read. It is read in a process of its own, which is killed where it cannot."""
     return subprocess.run([sys.executable, "-c", _READ, str(file)], capture_output=True).returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""A map of structures in two dimensions: those that a model embeds alike lie close together."""
+"""A map of structures in two dimensions. Structures with similar embeddings lie close together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fairchem_scd.commands import pictures as style
+from fairchem_scd.commands import pictures
 from fairchem_scd.commands.embed.table import Embeddings
 from fairchem_scd.errors import ConfigError
 
@@ -19,16 +19,16 @@ Color = Literal["energy", "natoms", "adsorbate", "composition"]
 Method = Literal["pca", "umap"]
 
 LEAST = 3
-"""Structures that a map needs."""
+"""The fewest structures that make a map."""
 
 _STEPS = [1, 2, 5, 10]
-"""Between ticks."""
+"""Allowed distances between ticks, times a power of ten."""
 
 _AREA = 22.0
-"""Of a large point, pt²."""
+"""Area of a large point, pt²."""
 
 _MANY = 3000
-"""From so many points on, a vector picture keeps them as one image."""
+"""With more points than these, a vector picture holds them as one image, which keeps the file small."""
 
 
 def check_method(method: Method) -> None:
@@ -36,7 +36,7 @@ def check_method(method: Method) -> None:
     if method == "umap":
         try:
             import umap  # noqa: F401
-        except ImportError as error:  # also where it does not go with what else is installed
+        except ImportError as error:  # also raised where it does not work with the other packages
             raise ConfigError(
                 f"--method umap needs UMAP ({error}): pip install 'fairchem-scd[umap]'; pca needs nothing"
             ) from error
@@ -48,8 +48,8 @@ def draw(embeddings: Embeddings, *, color: Color | None = None, method: Method =
     Args:
         embeddings: of the structures.
         color: "energy", eV per atom; "natoms"; "adsorbate", the formula of the atoms with tag 2; "composition", the
-            reduced formula, or the elements alone where there are too many formulas, without the adsorbate where
-            tags tell it. None: energy where the data has it, else composition.
+            reduced formula, or the elements alone where there are too many formulas; where tags mark an adsorbate,
+            without its atoms. None: energy where the data has it, else composition.
         method: "pca", principal components of the centred embeddings; "umap".
 
     Raises:
@@ -62,7 +62,7 @@ def draw(embeddings: Embeddings, *, color: Color | None = None, method: Method =
     values, title = _values(embeddings, color)
     points, axis_labels = _umap(embeddings) if method == "umap" else _pca(embeddings)
 
-    figure = style.new_figure(style.SINGLE, 2.6)
+    figure = pictures.new_figure(pictures.SINGLE, 2.6)
     axes = figure.subplots()
     axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
     if method == "umap":  # its units mean nothing
@@ -89,7 +89,9 @@ def pca(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
     u, s = (np.pad(a[..., :2], [(0, 0)] * (a.ndim - 1) + [(0, max(0, 2 - a.shape[-1]))]) for a in (u, s))
-    u = u * np.where(u.sum(axis=0, keepdims=True) < 0, -1.0, 1.0)  # an axis's direction is anybody's guess
+    u = u * np.where(
+        u.sum(axis=0, keepdims=True) < 0, -1.0, 1.0
+    )  # the sign of an axis has no meaning: this makes it the same at every call
     total = float((centred**2).sum())
     return u * s, s**2 / total if total > 0 else np.zeros(2)
 
@@ -112,7 +114,7 @@ def _embedded(embeddings: Embeddings) -> np.ndarray:
 
 
 def _values(embeddings: Embeddings, color: Color) -> tuple[np.ndarray, str]:
-    """[B] what the colours show, and its name: numbers, or text for categories."""
+    """[B] the values that the colours show, numbers or names of categories; and their title."""
     if color == "energy":
         if embeddings.energy is None:
             raise ConfigError(
@@ -133,7 +135,7 @@ def _values(embeddings: Embeddings, color: Color) -> tuple[np.ndarray, str]:
         formulas = [_without(f, Formula(a)) for f, a in zip(formulas, embeddings.adsorbate, strict=True)]
         of = "\nof slab"
     reduced = [format(formula.reduce()[0], "metal") for formula in formulas]
-    if len(set(reduced)) <= len(style.COLORS):
+    if len(set(reduced)) <= len(pictures.COLORS):
         return np.array(reduced), f"composition{of}"
     return np.array(["–".join(formula.convert("metal").count()) for formula in formulas]), f"elements{of}"
 
@@ -146,13 +148,13 @@ def _without(formula: Formula, part: Formula) -> Formula:
 
 
 def _look(count: int) -> dict[str, Any]:
-    """Points that are large where there are few, and small where they would hide each other."""
+    """How points are drawn: large where there are few, and small where they would hide each other."""
     area = float(np.clip(_AREA * np.sqrt(100 / count), 3, _AREA))  # pt²
     return {"s": area, "linewidths": area / 80, "edgecolors": "white", "rasterized": count > _MANY}
 
 
 def _numbers(figure: Figure, axes: Axes, points: np.ndarray, values: np.ndarray, title: str) -> None:
-    order = np.random.default_rng(0).permutation(len(values))  # so that no part of the data lies on top of the rest
+    order = np.random.default_rng(0).permutation(len(values))  # so that the data's last part does not hide the others
     points, values = points[order], values[order]
     known = np.isfinite(values)
     low, high = float(values[known].min()), float(values[known].max())
@@ -160,9 +162,9 @@ def _numbers(figure: Figure, axes: Axes, points: np.ndarray, values: np.ndarray,
         low, high = low - 0.5, high + 0.5
     look = _look(len(points))
     if not known.all():
-        axes.scatter(*points[~known].T, c=style.OTHER, label="unknown", **look)
+        axes.scatter(*points[~known].T, c=pictures.OTHER, label="unknown", **look)
         figure.legend(loc="outside upper right", handletextpad=0.2)
-    drawn = axes.scatter(*points[known].T, c=values[known], cmap=style.SEQUENTIAL, vmin=low, vmax=high, **look)
+    drawn = axes.scatter(*points[known].T, c=values[known], cmap=pictures.SEQUENTIAL, vmin=low, vmax=high, **look)
     bar = figure.colorbar(drawn, ax=axes, label=title, pad=0.02, aspect=25)
     bar.outline.set_linewidth(0.6)
     bar.ax.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS, integer=values.dtype.kind == "i"))
@@ -173,23 +175,25 @@ def _numbers(figure: Figure, axes: Axes, points: np.ndarray, values: np.ndarray,
 def _categories(figure: Figure, axes: Axes, points: np.ndarray, values: np.ndarray, title: str) -> None:
     counts = Counter(values.tolist())
     # The most common have a colour and a marker each; among equals by name.
-    common = sorted(counts, key=lambda name: (-counts[name], name))[: len(style.COLORS)]
+    common = sorted(counts, key=lambda name: (-counts[name], name))[: len(pictures.COLORS)]
     look = _look(len(points))
     rest = ~np.isin(values, common)
     handles = []
     if rest.any():  # below all others
-        handles.append(axes.scatter(*points[rest].T, c=style.OTHER, marker=style.MARKERS[-1], label="other", **look))
-    for name, color, marker in zip(common, style.COLORS, style.MARKERS, strict=False):
+        handles.append(
+            axes.scatter(*points[rest].T, c=pictures.OTHER, marker=pictures.MARKERS[-1], label="other", **look)
+        )
+    for name, color, marker in zip(common, pictures.COLORS, pictures.MARKERS, strict=False):
         chosen = values == name
         handles.append(axes.scatter(*points[chosen].T, c=color, marker=marker, label=_letters(name), **look))
     if rest.any():
         handles = [*handles[1:], handles[0]]
-    scale = np.sqrt(_AREA / look["s"])  # symbols in the legend are of one size in all maps
+    scale = np.sqrt(_AREA / look["s"])  # symbols in the legend have the same size in all maps
     figure.legend(
         handles=handles, title=title, loc="outside right upper", markerscale=scale, handletextpad=0.2, borderpad=0
     )
 
 
 def _letters(name: str) -> str:
-    """A formula with its numbers below the line."""
+    """A formula with its numbers as subscripts."""
     return "".join(f"$_{{{c}}}$" if c.isdigit() else c for c in name)
