@@ -10,8 +10,8 @@ What differs between hosts is asked of the model: see `DenoisingModel`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fairchem_scd.denoising.adapter import Adapter
 from fairchem_scd.denoising.conditions import BoundModulation, SelfCondition
 from fairchem_scd.denoising.conditions.self_condition import always_on
-from fairchem_scd.denoising.hooks import hooked
+from fairchem_scd.denoising.hooks import outputs_of
 from fairchem_scd.denoising.plan import NOISE, AtomSubset, Pass, Plan
 from fairchem_scd.denoising.structures import Structures
 from fairchem_scd.denoising.tasks.base import DenoisingTask, TaskModules
@@ -126,7 +126,7 @@ def embedding_task(model: DenoisingModel) -> DenoisingTask | None:
 def atom_features(model: DenoisingModel, data: Any, adapter: Adapter) -> Tensor:
     """[N, C] final l = 0 features of the atoms of a batch, which the user's heads read and `embed` pools."""
     modulation = _without_condition(model, data)
-    with adapter.in_pass(modulation, ()), adapter.skip_energy_readout(), _returned_by(model.backbone) as returned:
+    with adapter.in_pass(modulation, ()), adapter.skip_energy_readout(), outputs_of(model.backbone) as returned:
         model.backbone(data)
     return adapter.scalars(returned[-1])
 
@@ -166,7 +166,7 @@ def _run_pass(
         model.adapter.in_pass(modulation, heads),
         _encoded(model.adapter, run, modules),
         nullcontext() if run.outputs else model.adapter.skip_energy_readout(),
-        _returned_by(model.backbone) as returned,
+        outputs_of(model.backbone) as returned,
     ):
         # All heads run before the next pass starts: some read state that the backbone keeps of its latest pass only.
         if run.outputs:
@@ -214,14 +214,6 @@ def _rows_of(value: Tensor, rows: Tensor | None) -> Tensor:
 def _whole(value: Tensor, rows: Tensor | None, size: int) -> Tensor:
     """[size, …] with `value` in some rows and zero in the others; None: it has all rows already."""
     return value if rows is None else value.new_zeros(size, *value.shape[1:]).index_copy(0, rows, value)
-
-
-@contextmanager
-def _returned_by(module: nn.Module) -> Iterator[list[Any]]:
-    """While entered, collect what a module's forward returns."""
-    returned: list[Any] = []
-    with hooked(module.register_forward_hook(lambda module, args, out: returned.append(out))):
-        yield returned
 
 
 # --- gradients for all ------------------------------------------------------------------------------------------------

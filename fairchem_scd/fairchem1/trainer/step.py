@@ -173,7 +173,7 @@ class StepMixin:
         )
 
     def _running_scale(self, task: DenoisingTask) -> RunningScale:
-        return self._unwrapped_model.denoising[task.name]["scale"]
+        return self._unwrapped_model.denoising[task.name].running_scale
 
     # --- 2. loss --------------------------------------------------------------------------------------------------
 
