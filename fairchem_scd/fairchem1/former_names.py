@@ -16,8 +16,10 @@ _MOVED = {
     "fairchem_scd.backbones.edge_vector": "fairchem_scd.denoising.edge_vector",
     "fairchem_scd.backbones.hooks": "fairchem_scd.denoising.hooks",
     "fairchem_scd.checkpoint": "fairchem_scd.fairchem1.checkpoint",
+    "fairchem_scd.cli": "fairchem_scd.commands",
     "fairchem_scd.conditions": "fairchem_scd.denoising.conditions",
     "fairchem_scd.data": "fairchem_scd.fairchem1.data",
+    "fairchem_scd.embeddings": "fairchem_scd.commands.embed.embeddings",
     "fairchem_scd.tasks": "fairchem_scd.denoising.tasks",
     "fairchem_scd.trainers": "fairchem_scd.fairchem1.trainer",
 }
