@@ -2,6 +2,8 @@
 
 from fairchem_scd.testing.backbone_claims import BackboneClaims
 from fairchem_scd.testing.support import (
+    BOTH,
+    SCD,
     collate,
     crystal,
     gradients,
@@ -18,6 +20,8 @@ from fairchem_scd.testing.support import (
 )
 
 __all__ = [
+    "BOTH",
+    "SCD",
     "BackboneClaims",
     "collate",
     "crystal",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fairchem_scd.commands import main
 from fairchem_scd.commands.add.yaml_edit import map_items, set_value
-from tests.support import CONFIGS, host_config
+from tests.support.configs import CONFIGS, host_config
 
 PLAIN = CONFIGS / "examples" / "plain_oc20.yml"
 EPOCHS, STEPS = "fairchem_scd.EquiformerV2DenoisingTrainer", "fairchem_scd.DenoisingTrainer"

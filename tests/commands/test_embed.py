@@ -28,15 +28,9 @@ from fairchem_scd.errors import ConfigError, DataError
 from fairchem_scd.fairchem1.data.split import load_split
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
 from fairchem_scd.fairchem1.legacy import hydra_key
-from tests.support import (
-    collate,
-    fixed_edge_frames,
-    host_config,
-    hydra_arguments,
-    make_trainer,
-    plain_and_denoising,
-    tiny_config,
-)
+from fairchem_scd.testing import collate, make_trainer
+from tests.support.configs import host_config, tiny_config
+from tests.support.models import fixed_edge_frames, hydra_arguments, plain_and_denoising
 
 NAMES = ["equiformer_v2", "escn"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

@@ -24,8 +24,8 @@ from fairchem_scd import ConfigError
 from fairchem_scd.commands import main
 from fairchem_scd.fairchem1 import checkpoint
 from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
-from tests.fairchem1.test_pretraining import pretraining
-from tests.support import collate, make_trainer, slabs, tiny_config
+from fairchem_scd.testing import collate, make_trainer, slabs
+from tests.support.configs import pretraining, tiny_config
 
 RUNS = {
     "dens": ("equiformer_v2", {"dens": {"prob": 1.0}}),

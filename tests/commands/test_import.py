@@ -24,8 +24,10 @@ from fairchem_scd.denoising.plan import NOISE
 from fairchem_scd.fairchem1.checkpoint import export, is_of, read, to_plain
 from fairchem_scd.fairchem1.checkpoint.foreign import from_dens
 from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
+from fairchem_scd.testing import collate, make_trainer
 from tests.fairchem1.test_engine import dens_plan
-from tests.support import BACKBONES, ESEN, collate, hydra_arguments, make_trainer, tiny_config
+from tests.support.configs import tiny_config
+from tests.support.models import BACKBONES, ESEN, hydra_arguments
 
 DATA = Path(__file__).parents[1] / "data"
 SCHEDULE = {"num_steps": 5, "std_low": 0.05, "std_high": 0.3}

@@ -15,7 +15,8 @@ from fairchem_scd.commands import pictures as style
 from fairchem_scd.commands.plot import training_run
 from fairchem_scd.commands.plot.training_log import Curve, find_run, read_curves
 from fairchem_scd.errors import ConfigError
-from tests.support import make_trainer, tiny_config
+from fairchem_scd.testing import make_trainer
+from tests.support.configs import tiny_config
 
 DENS = {
     "train/loss": 60.0,

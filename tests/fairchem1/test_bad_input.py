@@ -18,8 +18,9 @@ from fairchem_scd.fairchem1.data.emt_slabs import write_emt_slabs
 from fairchem_scd.fairchem1.data.guarded import nearest_images
 from fairchem_scd.fairchem1.data.rows import check_periodicity
 from fairchem_scd.fairchem1.data.sources import check_whole
-from tests.fairchem1.test_backbones import TestPaiNN as PaiNN
-from tests.support import make_trainer, slabs, tiny_config
+from fairchem_scd.testing import make_trainer, slabs
+from tests.support.claims import PaiNN
+from tests.support.configs import tiny_config
 
 
 def rewritten(folder, change):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import zipfile
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -22,7 +21,10 @@ from fairchem_scd import ConfigError, DenoisingHydra
 from fairchem_scd.fairchem1 import checkpoint
 from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
 from fairchem_scd.fairchem1.legacy import hydra_key
-from tests.support import BACKBONES, collate, edge_frames_without_chance, make_trainer, tiny_config
+from fairchem_scd.testing import collate, make_trainer
+from tests.support.configs import tiny_config
+from tests.support.models import BACKBONES, edge_frames_without_chance
+from tests.support.runs import folder_of
 
 OURS = "fairchem_scd.EquiformerV2DenoisingTrainer"
 PLAIN = "equiformerv2_forces"
@@ -65,10 +67,6 @@ def trained(config, folder, checkpoint_path=None):
     torch.manual_seed(5)
     trainer.train(disable_eval_tqdm=True)
     return trainer
-
-
-def folder_of(trainer) -> Path:
-    return Path(trainer.config["cmd"]["checkpoint_dir"])
 
 
 @pytest.fixture(scope="module")
@@ -225,12 +223,12 @@ def test_restart_counts_from_zero_and_keeps_what_was_learnt(kind, finished, data
 
 
 @pytest.mark.parametrize("given", ["hydra", "one-piece"])
-def test_the_configs_form_of_the_model_may_differ_from_the_checkpoints(modulation, finished, data, tmp_path):
+def test_the_configs_form_of_the_model_may_differ_from_the_checkpoints(given, finished, data, tmp_path):
     """The two forms decay other parameters: state goes by name, and the config's form says what is decayed."""
-    source, path = finished(modulation, "equiformer_v2")
-    wanted = {"hydra": "one-piece", "one-piece": "hydra"}[modulation]
+    source, path = finished(given, "equiformer_v2")
+    wanted = {"hydra": "one-piece", "one-piece": "hydra"}[given]
     other, _ = finished(wanted, "equiformer_v2")
-    named = names_of(modulation)
+    named = names_of(given)
     assert decayed(source, named) != decayed(other, names_of(wanted))
     for denoising in (DENS, {}):
         config = config_of(data, wanted, "equiformer_v2", denoising=denoising, epochs=2)

@@ -12,7 +12,8 @@ from fairchem_scd.denoising.corruption import Corruption
 from fairchem_scd.denoising.plan import NOISE, Plan
 from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.denoising.tasks import build_tasks
-from tests.support import collate, hydra_arguments, plain_and_denoising
+from fairchem_scd.testing import collate
+from tests.support.models import hydra_arguments, plain_and_denoising
 
 DENS = {"dens": {"prob": 1.0}}
 

@@ -16,9 +16,18 @@ from fairchem_scd.denoising.plan import NOISE, Pass, Plan
 from fairchem_scd.fairchem1 import checkpoint
 from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
 from fairchem_scd.fairchem1.legacy import to_hydra
-from fairchem_scd.testing import gradients, plan_of, run, self_supervised, stirred, training_config
-from tests.runs.test_resume import assert_same, folder_of, state_of, stopped_at
-from tests.support import ESEN, ESEN_GRADIENT_HEAD, ESEN_HEADS, ESEN_SMOOTH, collate, make_trainer
+from fairchem_scd.testing import (
+    collate,
+    gradients,
+    make_trainer,
+    plan_of,
+    run,
+    self_supervised,
+    stirred,
+    training_config,
+)
+from tests.support.models import ESEN, ESEN_GRADIENT_HEAD, ESEN_HEADS, ESEN_SMOOTH
+from tests.support.runs import assert_same, folder_of, state_of, stopped_at
 
 DENS, SCD = {"dens": {"prob": 1.0}}, {"scd": {}}
 KINDS = {"direct": (ESEN, ESEN_HEADS), "conservative": (ESEN_SMOOTH, ESEN_GRADIENT_HEAD)}

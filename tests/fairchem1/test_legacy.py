@@ -15,15 +15,9 @@ from fairchem_scd import ConfigError, DenoisingHydra
 from fairchem_scd.fairchem1.backbones import known_backbones
 from fairchem_scd.fairchem1.data.emt_slabs import write_emt_slabs
 from fairchem_scd.fairchem1.legacy import hydra_key, to_hydra
-from tests.support import (
-    BACKBONES,
-    HEADS,
-    collate,
-    edge_frames_without_chance,
-    hydra_arguments,
-    make_trainer,
-    tiny_config,
-)
+from fairchem_scd.testing import collate, make_trainer
+from tests.support.configs import tiny_config
+from tests.support.models import BACKBONES, HEADS, edge_frames_without_chance, hydra_arguments
 
 DENS = {"dens": {"prob": 1.0}}
 

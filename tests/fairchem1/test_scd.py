@@ -19,8 +19,8 @@ from fairchem_scd.denoising.running_scale import RunningScale
 from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.denoising.tasks import build_tasks
 from fairchem_scd.errors import ConfigError
-from fairchem_scd.testing import run, stirred, with_conditioned
-from tests.support import BACKBONES, collate, fixed_edge_frames, plain_and_denoising
+from fairchem_scd.testing import collate, run, stirred, with_conditioned
+from tests.support.models import BACKBONES, fixed_edge_frames, plain_and_denoising
 
 RESOLUTIONS = [
     ("equiformer_v2", {"norm_type": "rms_norm_sh"}),
@@ -518,7 +518,7 @@ def test_noise_on_the_clean_view_is_the_papers_in_pre_training_and_none_beside_l
 def test_a_backbone_whose_adapter_cannot_modulate_is_refused_by_name():
     from fairchem_scd import DenoisingHydra
     from fairchem_scd.fairchem1.backbones import _ADAPTERS, Adapter, ESCNAdapter, register_adapter
-    from tests.support import hydra_arguments
+    from tests.support.models import hydra_arguments
 
     class Bare(Adapter):
         host_class, names = ESCNAdapter.host_class, ESCNAdapter.names

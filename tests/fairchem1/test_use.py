@@ -18,7 +18,9 @@ from fairchem.core.models.escn.escn import eSCN
 
 from fairchem_scd.fairchem1 import checkpoint
 from fairchem_scd.fairchem1.data.emt_slabs import EmtSlabsDataset
-from tests.support import collate, fixed_edge_frames, tiny_config
+from fairchem_scd.testing import collate
+from tests.support.configs import tiny_config
+from tests.support.models import fixed_edge_frames
 
 RUNS = {"dens": ("equiformer_v2", {"dens": {}}), "scd": ("escn", {"scd": {"prob": 1.0}})}
 

@@ -17,10 +17,10 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from fairchem_scd.errors import DataError
 from fairchem_scd.fairchem1 import checkpoint
-from fairchem_scd.testing import on_ranks
-from tests.fairchem1.test_pretraining import pretraining
-from tests.runs.test_resume import stopped_at
-from tests.support import edge_frames_without_chance, make_trainer, tiny_config
+from fairchem_scd.testing import make_trainer, on_ranks
+from tests.support.configs import pretraining, tiny_config
+from tests.support.models import edge_frames_without_chance
+from tests.support.runs import stopped_at
 
 CASES = {
     "dens": {"dens": {"prob": 0.5}},

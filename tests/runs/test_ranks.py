@@ -10,8 +10,9 @@ import torch
 from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone
 from fairchem.core.models.escn.escn import eSCN
 
-from fairchem_scd.testing import on_ranks
-from tests.support import collate, fixed_edge_frames, make_trainer, slabs, tiny_config
+from fairchem_scd.testing import collate, make_trainer, on_ranks, slabs
+from tests.support.configs import tiny_config
+from tests.support.models import fixed_edge_frames
 
 # One of molecular dynamics is never corrupted; its adsorbate, and the last's, is one atom: no part to denoise.
 MD = [0, 1, 0, 0]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fairchem_scd.fairchem1 import checkpoint
-from tests.fairchem1.test_pretraining import pretraining
-from tests.support import make_trainer, tiny_config
+from fairchem_scd.testing import make_trainer
+from tests.support.configs import pretraining, tiny_config
+from tests.support.runs import StoppedError, assert_same, folder_of, state_of, stopped_at
 
 # Dropout and drop path, and the host's random edge frames.
 DROPOUT = {
@@ -37,51 +37,6 @@ def config_of(data, name="scd", **optim):
     config["model"]["backbone"].update(DROPOUT)
     config["optim"].update(batch_size=2, max_epochs=2, checkpoint_every=1, eval_every=3, **optim)
     return config
-
-
-def state_of(trainer):
-    """All that goes into the next step: weights, buffers, average, optimiser, learning rate; the best metric."""
-    names = {id(p): name for name, p in trainer.model.named_parameters()}
-    return {
-        "model": dict(trainer.model.state_dict()),
-        "average": dict(enumerate(trainer.ema.shadow_params)) if trainer.ema else {},
-        "optimizer": {
-            f"{names[id(p)]}.{key}": torch.as_tensor(value)
-            for p, values in trainer.optimizer.state.items()
-            for key, value in values.items()
-        },
-        "rate": {str(i): torch.tensor(g["lr"]) for i, g in enumerate(trainer.optimizer.param_groups)},
-        "best": {"metric": torch.tensor(trainer.best_val_metric, dtype=torch.float64)},
-    }
-
-
-def assert_same(state, expected):
-    for part, values in expected.items():
-        assert state[part].keys() == values.keys()
-        for key, value in values.items():
-            assert torch.equal(state[part][key], value), f"{part}: {key}"
-
-
-def folder_of(trainer) -> Path:
-    return Path(trainer.config["cmd"]["checkpoint_dir"])
-
-
-class StoppedError(Exception):
-    pass
-
-
-def stopped_at(trainer, step):
-    """Let a trainer run until it has drawn a step's batch."""
-    forward = trainer._forward
-
-    def interrupted(batch):
-        if trainer.step == step and trainer.model.training:
-            raise StoppedError
-        return forward(batch)
-
-    trainer._forward = interrupted
-    with pytest.raises(StoppedError):
-        trainer.train(disable_eval_tqdm=True)
 
 
 @pytest.fixture(scope="module")
