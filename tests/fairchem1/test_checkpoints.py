@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 import zipfile
-from unittest import mock
 
 import pytest
 import torch
-import yaml
-from fairchem.core._cli import main
 from fairchem.core.common import distutils
-from fairchem.core.common.flags import flags
 from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 from fairchem.core.common.utils import load_model_and_weights_from_checkpoint
 from fairchem.core.models.base import HydraModel
@@ -22,6 +17,7 @@ from fairchem_scd.fairchem1 import checkpoint
 from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
 from fairchem_scd.fairchem1.legacy import hydra_key
 from fairchem_scd.testing import collate, make_trainer
+from tests.support.command_line import fairchem_on
 from tests.support.configs import tiny_config
 from tests.support.models import BACKBONES, edge_frames_without_chance
 from tests.support.runs import folder_of
@@ -532,21 +528,13 @@ def test_keys_may_carry_any_number_of_module_prefixes(kind, wrapped, finished, d
 
 @pytest.fixture
 def fairchem(tmp_path):
-    """The host's command line, in this process; it wraps the model even for one. Returns the last checkpoint."""
+    """Train by the host's command, which wraps the model even on one rank. Returns the last checkpoint."""
 
-    def run(name, config, *arguments):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "config.yml").write_text(yaml.safe_dump(config))
-        command = ["--mode", "train", "--config-yml", str(folder / "config.yml"), "--run-dir", str(folder), "--cpu"]
-        try:
-            main(*flags.get_parser().parse_known_args([*command, *arguments]))
-        finally:
-            distutils.cleanup()
-        return next(folder.glob("checkpoints/*/checkpoint.pt"))
+    def train(name, config, *arguments):
+        fairchem_on(config, tmp_path / name, "--mode", "train", *arguments)
+        return next((tmp_path / name).glob("checkpoints/*/checkpoint.pt"))
 
-    with mock.patch.dict(os.environ):  # the host sets variables for its processes
-        yield run
+    return train
 
 
 def test_from_command_line_to_command_line(data, tmp_path, fairchem):

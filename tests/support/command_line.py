@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import yaml
 from click.testing import CliRunner, Result
 from fairchem.core._cli import main as fairchem_main
 from fairchem.core.common import distutils
@@ -23,6 +25,13 @@ def fairchem(*words: Any) -> None:
             distutils.cleanup()
 
 
+def fairchem_on(config: dict[str, Any], folder: Path, *words: Any) -> None:
+    """The host's command on a config, on the CPU, with all that it writes in a new folder."""
+    folder.mkdir()
+    (folder / "config.yml").write_text(yaml.safe_dump(config))
+    fairchem("--config-yml", folder / "config.yml", "--run-dir", folder, "--cpu", *words)
+
+
 def fairchem_scd(*words: Any, code: int | None = 0) -> Result:
     """This package's command.
 
@@ -30,6 +39,7 @@ def fairchem_scd(*words: Any, code: int | None = 0) -> Result:
         words: what stands after `fairchem-scd`.
         code: the exit status that is expected; None: any.
     """
-    result = CliRunner().invoke(main, [str(word) for word in words])
+    with mock.patch.dict(os.environ):
+        result = CliRunner().invoke(main, [str(word) for word in words])
     assert code is None or result.exit_code == code, result.output
     return result
