@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import zipfile
 
 import pytest
 import torch
 from fairchem.core.common import distutils
-from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 from fairchem.core.common.utils import load_model_and_weights_from_checkpoint
 from fairchem.core.models.base import HydraModel
 
 from fairchem_scd import ConfigError, DenoisingHydra
 from fairchem_scd.fairchem1 import checkpoint
-from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
 from fairchem_scd.fairchem1.legacy import hydra_key
 from fairchem_scd.testing import collate, make_trainer
 from tests.support.command_line import fairchem_on
@@ -391,45 +388,6 @@ def test_a_run_from_a_one_piece_config_goes_on_in_the_plain_host_by_its_rule_of_
     assert_equal(average(host), host_part(average(source)))
     assert host_part(decayed(source)) != decayed(host)
     assert decayed(host) == decayed(start)
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_the_exported_model_predicts_bit_for_bit_what_the_denoising_model_does(name, finished, rows, tmp_path):
-    source, path = finished("dens", name)
-    plain_path = exported(path, tmp_path)
-    plain = load_model_and_weights_from_checkpoint(str(plain_path))
-    assert type(plain) is HydraModel
-    predictions = []
-    for model in (source.model, plain):
-        model.eval()
-        torch.manual_seed(3)
-        with torch.no_grad():
-            predictions.append(model(collate(rows[:3])))
-    assert_equal(*predictions)
-    with zipfile.ZipFile(plain_path) as archive:
-        pickled = archive.read(next(entry for entry in archive.namelist() if entry.endswith("data.pkl")))
-    assert b"fairchem_scd" not in pickled, "it needs this package to load"
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_the_hosts_calculator_takes_the_checkpoint_as_it_is(name, finished, tmp_path):
-    source, path = finished("dens", name)
-    atoms = next(iter(emt_slabs(1, seed=3)))[0]
-    results = []
-    for file in (path, exported(path, tmp_path)):
-        calculator = OCPCalculator(checkpoint_path=str(file), cpu=True)
-        torch.manual_seed(3)
-        calculator.calculate(atoms, ["energy", "forces"], [])
-        assert not calculator.trainer.model.training
-        results.append(calculator.results)
-    source.model.eval()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        out = source.model(collate([calculator.a2g.convert(atoms)]))
-    expected = {key: source.normalizers[key].denorm(value) for key, value in out.items()}
-    for result in results:
-        assert result["energy"] == expected["energy"].item()
-        assert torch.equal(torch.as_tensor(result["forces"]), expected["forces"])
 
 
 @pytest.mark.parametrize("name", BACKBONES)

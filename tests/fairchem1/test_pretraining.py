@@ -222,25 +222,6 @@ def test_no_weight_decay_on_biases_norms_alphas_tokens_and_embeddings(data, tmp_
     assert not trainer.model.denoising["scd"]["condition_head"].mask_token.requires_grad
 
 
-def test_a_running_scale_is_saved_and_goes_on_where_it_stopped(data, tmp_path):
-    block = {"scd": {"num_steps": 3, "std_low": 0.01, "std_high": 0.1}}
-    config = pretraining(data, denoising=block, optim={"max_epochs": 2})
-    config["dataset"]["val"] = {}
-    whole = make_trainer(config, tmp_path, identifier="whole")
-    whole.train(disable_eval_tqdm=True)
-    first = make_trainer(pretraining(data, denoising=block) | {"dataset": config["dataset"]}, tmp_path, identifier="a")
-    first.train(disable_eval_tqdm=True)
-    second = make_trainer(config, tmp_path, identifier="b")
-    second.load_checkpoint(f"{folder_of(first)}/checkpoint.pt")
-    scale = second.model.denoising["scd"]["scale"]
-    assert torch.equal(scale.mean_square, first.model.denoising["scd"]["scale"].mean_square)
-    second.train(disable_eval_tqdm=True)
-    expected = whole.model.denoising["scd"]["scale"]
-    assert int(scale.count) == int(expected.count) > 0
-    assert torch.equal(scale.mean_square, expected.mean_square)
-    assert 0.01 < float(scale.scale) < 0.1
-
-
 def test_noisy_nodes_alone_are_plain_denoising_pre_training(data, tmp_path):
     trainer = make_trainer(pretraining(data, denoising={"noisy_nodes": {"std": 0.04}}), tmp_path)
     _, loss = step_of(trainer, batch_of(trainer))
@@ -410,27 +391,6 @@ def test_fine_tuning_with_a_backbone_of_its_own_is_warned_of_and_without_heads_r
     config["model"].pop("heads")
     with pytest.raises(ConfigError, match=r"model\.heads: none, but outputs names some"):
         make_trainer(config, tmp_path)
-
-
-def test_a_checkpoint_of_training_beside_scd_is_the_plain_hosts_after_removal(data, tmp_path):
-    trainer = make_trainer(tiny_config(data, denoising={"scd": {}}), tmp_path)
-    trainer.train(disable_eval_tqdm=True)
-    torch.save(to_plain(read(f"{folder_of(trainer)}/checkpoint.pt")), tmp_path / "plain.pt")
-    config = tiny_config(data)
-    config.update(trainer="equiformerv2_forces", task={})
-    plain = make_trainer(config, tmp_path, identifier="plain")
-    plain.load_checkpoint(str(tmp_path / "plain.pt"))
-    batch = batch_of(plain)
-    results = []
-    for each in (trainer, plain):
-        torch.manual_seed(0)
-        results.append(each.model.eval()(copy.deepcopy(batch)))
-    assert all(torch.equal(results[0][key], results[1][key]) for key in ("energy", "forces"))
-    config = tiny_config(data, denoising={"scd": {"null_condition": "mask_token"}})
-    masked = make_trainer(config, tmp_path, identifier="masked")
-    masked.save()
-    with pytest.raises(ConfigError, match="mask_token"):
-        to_plain(read(f"{folder_of(masked)}/checkpoint.pt"))
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -23,10 +23,11 @@ DROPOUT = {
     "num_layers": 1,
     "num_distance_basis": 16,
 }
+SCHEDULE = {"num_steps": 3, "std_low": 0.01, "std_high": 0.1}
 RUNS = {
     "dens": lambda data: tiny_config(data, denoising={"dens": {"prob": 0.5}}),
     "scd": lambda data: tiny_config(data, denoising={"scd": {"prob": 1.0, "noise_scale": "running"}}),
-    "pre-training": lambda data: pretraining(data, denoising={"scd": {"noise_scale": "running"}}),
+    "pre-training": lambda data: pretraining(data, denoising={"scd": SCHEDULE}),
     "noisy nodes": lambda data: tiny_config(data, denoising={"noisy_nodes": {}, "drop_path": {"steps": 5}}),
 }
 
@@ -73,6 +74,8 @@ def test_stopping_and_resuming_is_never_having_stopped(name, whole, data, tmp_pa
     trainer.train(disable_eval_tqdm=True)
     assert trainer.step == 8
     assert_same(state_of(trainer), whole(name))
+    if name == "pre-training":  # the scale of whose noise is the running one, since it has a schedule
+        assert 0.01 < float(trainer.model.denoising["scd"]["scale"].scale) < 0.1
 
 
 PLACES = {
