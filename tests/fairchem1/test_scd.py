@@ -458,7 +458,8 @@ def test_noise_on_the_clean_view_is_the_papers_in_pre_training_and_none_beside_l
 
 def test_a_backbone_whose_adapter_cannot_modulate_is_refused_by_name():
     from fairchem_scd import DenoisingHydra
-    from fairchem_scd.fairchem1.backbones import _ADAPTERS, Adapter, ESCNAdapter, register_adapter
+    from fairchem_scd.denoising.adapter import _ADAPTERS
+    from fairchem_scd.fairchem1.backbones import Adapter, ESCNAdapter, register_adapter
     from tests.support.models import hydra_arguments
 
     class Bare(Adapter):
