@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections import Counter
 from pathlib import Path
@@ -14,7 +13,6 @@ os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 import pytest
 import torch
-from e3nn.o3 import _s2grid
 
 pytest.register_assert_rewrite("tests.support")
 
@@ -25,25 +23,6 @@ _LONG = ("test_kills.py", "test_rank_runs.py", "test_resume.py", "test_slurm.py"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     sizes = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name not in _LONG, -sizes[item.path], item.path))
-
-
-_compute_grid = _s2grid.spherical_harmonics_s2_grid
-
-
-@functools.cache
-def _known_grid(*arguments: object) -> tuple[torch.Tensor, ...]:
-    return _compute_grid(*arguments[:-1])
-
-
-def _grid(lmax: int, beta: int, alpha: int, dtype: object = None, device: object = None) -> tuple[torch.Tensor, ...]:
-    """e3nn's function, each result of which is computed once.
-
-    It generates and compiles code at every call: nine tenths of the time that a tiny EquiformerV2 takes to build.
-    """
-    return tuple(t.clone() for t in _known_grid(lmax, beta, alpha, dtype, device, torch.get_default_dtype()))
-
-
-_s2grid.spherical_harmonics_s2_grid = _grid
 
 
 @pytest.fixture(autouse=True)

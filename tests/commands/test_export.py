@@ -121,7 +121,7 @@ def test_exports_predict_the_same_where_this_package_is_not_installed(runs, atom
     exported = {}
     for name, (_, folder) in runs.items():
         flags = ["--backbone-only"] if name in PRETRAINED else []
-        for weights in ("ema", "raw"):
+        for weights in ("ema", "raw") if name in ("scd", "pre-training") else ("ema",):
             exported[name, weights] = str(tmp_path / f"{name} {weights}.pt")
             fairchem_scd("export", folder / "checkpoint.pt", exported[name, weights], "--weights", weights, *flags)
     done = subprocess.run(

@@ -428,7 +428,6 @@ AUTHORS_OPTIM = {
 }
 
 
-@pytest.mark.parametrize("unused", [(0.01, 0.5), ("None", "None")])  # YAML reads None as a string
 @pytest.mark.parametrize(
     ("name", "std", "model"),
     [
@@ -458,26 +457,27 @@ AUTHORS_OPTIM = {
     ],
     ids=["equiformer_v2", "escn"],
 )
-def test_the_authors_config_trains_with_only_its_trainer_replaced(name, std, model, unused, data, tmp_path):
+def test_the_authors_config_trains_with_only_its_trainer_replaced(name, std, model, data, tmp_path):
     config = in_other_words(name, data, model, AUTHORS_OPTIM)
-    config["optim"]["denoising_pos_params"].update(std=std, std_low=unused[0], std_high=unused[1])
-    assert settings_of(config) == settings_of(load(name))
+    for unused in ((0.01, 0.5), ("None", "None")):  # YAML reads None as a string
+        config["optim"]["denoising_pos_params"].update(std=std, std_low=unused[0], std_high=unused[1])
+        assert settings_of(config) == settings_of(load(name))
     trainer, _ = train(config, tmp_path)
     assert {"dens": trainer.tasks["dens"].settings.model_dump()} == settings_of(load(name))
 
 
-@pytest.mark.parametrize("dotted", [False, True])
-def test_the_hosts_own_dens_config_trains_with_only_its_trainer_replaced(dotted, data, tmp_path):
+def test_the_hosts_own_dens_config_trains_with_only_its_trainer_replaced(data, tmp_path):
     """By the short names of its modules, and by the dotted ones of fairchem's shipped configs."""
-    model = {"name": "hydra", "otf_graph": True, **hydra_arguments("equiformer_v2")}
     place = "fairchem.core.models.equiformer_v2.equiformer_v2_dens."
-    names = (
-        (f"{place}EqV2DeNSBackbone", f"{place}DeNSScalarHead", f"{place}DeNSVectorHead")
-        if dotted
-        else ("equiformer_v2_dens_backbone", "eqV2_DeNS_scalar_head", "eqV2_DeNS_vector_head")
-    )
-    model["backbone"].update(model=names[0], use_force_encoding=True)
-    model["heads"] = {"energy": {"module": names[1], "use_denoising": True}, "forces": {"module": names[2]}}
+    short = ("equiformer_v2_dens_backbone", "eqV2_DeNS_scalar_head", "eqV2_DeNS_vector_head")
+    dotted = (f"{place}EqV2DeNSBackbone", f"{place}DeNSScalarHead", f"{place}DeNSVectorHead")
+    blocks = []
+    for names in (short, dotted):
+        model = {"name": "hydra", "otf_graph": True, **hydra_arguments("equiformer_v2")}
+        model["backbone"].update(model=names[0], use_force_encoding=True)
+        model["heads"] = {"energy": {"module": names[1], "use_denoising": True}, "forces": {"module": names[2]}}
+        blocks.append(to_hydra(model))
+    assert blocks[0] == blocks[1]
     config = in_other_words("dens_oc20_2m_12epochs", data, model, AUTHORS_OPTIM)
     config["optim"]["denoising_pos_params"].update(std_low="None", std_high="None")
     trainer, _ = train(config, tmp_path)

@@ -13,6 +13,7 @@ from fairchem.core._cli import main as fairchem_main
 from fairchem.core.common import distutils
 from fairchem.core.common.flags import flags
 
+import tests.support.once  # noqa: F401  (makes models quick to build)
 from fairchem_scd.commands import main
 
 

@@ -16,6 +16,7 @@ from fairchem.core.models.equiformer_v2.equiformer_v2_deprecated import Equiform
 from fairchem.core.models.escn.escn import eSCN
 from fairchem.core.models.esen import esen, esen_dens
 
+import tests.support.once  # noqa: F401  (makes models quick to build)
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
 
 setup_imports()  # the host's whole registry, as at the start of any mode
