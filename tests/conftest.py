@@ -1,4 +1,4 @@
-"""Fixtures that the tests share."""
+"""What all tests share. It imports no host: tests/denoising runs where none is installed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 import pytest
 import torch
 
-from tests.support import slabs
+pytest.register_assert_rewrite("tests.support")
 
 _LONG = ("test_kills.py", "test_rank_runs.py", "test_resume.py", "test_slurm.py", "test_submitit.py")
-"""Files that take longest: begun first, so that no worker waits for another at the end (--no-loadscope-reorder)."""
+"""Files that take longest: begun first, so that with -n 2 neither process waits for the other at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,7 +32,9 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def rows() -> list:
-    """Eight labelled slabs."""
+    """Eight labelled slabs, as rows of fairchem 1.x."""
+    from fairchem_scd.testing import slabs  # not above: tests/denoising runs where no host is installed
+
     return slabs(8)
 
 

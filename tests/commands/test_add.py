@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fairchem_scd.commands import main
 from fairchem_scd.commands.add.yaml_edit import map_items, set_value
-from tests.support import CONFIGS, host_config
+from tests.support.command_line import fairchem_scd
+from tests.support.configs import CONFIGS, host_config
 
 PLAIN = CONFIGS / "examples" / "plain_oc20.yml"
 EPOCHS, STEPS = "fairchem_scd.EquiformerV2DenoisingTrainer", "fairchem_scd.DenoisingTrainer"
@@ -34,7 +33,7 @@ optim: {batch_size: 4, lr_initial: 1e-4}
 
 def add(*arguments, ok=True):
     """Run the command; its result, or the error it ends in."""
-    result = CliRunner().invoke(main, ["add", *map(str, arguments)])
+    result = fairchem_scd("add", *arguments, code=None)
     if ok:
         assert result.exit_code == 0, result.output
         return result
@@ -346,7 +345,7 @@ def test_what_cannot_be_added_to_is_one_clear_error(text, said, tmp_path):
 )
 def test_settings_are_checked_as_in_training(pairs, said, tmp_path):
     words = [word for pair in pairs for word in ("--set", pair)]
-    result = CliRunner().invoke(main, ["add", "dens", str(PLAIN), str(tmp_path / "out.yml"), *words])
+    result = fairchem_scd("add", "dens", PLAIN, tmp_path / "out.yml", *words, code=None)
     assert result.exit_code != 0
     assert said in result.output
     assert not list(tmp_path.iterdir())

@@ -21,8 +21,9 @@ from fairchem_scd import DenoisingHydra
 from fairchem_scd.commands import main
 from fairchem_scd.commands.check import environment
 from fairchem_scd.commands.check.data import nearest_neighbours
-from tests.fairchem1.test_pretraining import pretraining
-from tests.support import hydra_arguments, slabs, tiny_config
+from fairchem_scd.testing import slabs
+from tests.support.configs import pretraining, tiny_config
+from tests.support.models import hydra_arguments
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,9 @@ import pytest
 import torch
 from ase import Atoms
 from ase.db import connect
-from click.testing import CliRunner
 from fairchem.core.common.registry import registry
 from fairchem.core.models.base import HydraModel
 
-from fairchem_scd.commands import main
 from fairchem_scd.commands import pictures as style
 from fairchem_scd.commands.embed import embedding_map
 from fairchem_scd.commands.embed.embeddings import embed, load_model
@@ -28,15 +26,10 @@ from fairchem_scd.errors import ConfigError, DataError
 from fairchem_scd.fairchem1.data.split import load_split
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
 from fairchem_scd.fairchem1.legacy import hydra_key
-from tests.support import (
-    collate,
-    fixed_edge_frames,
-    host_config,
-    hydra_arguments,
-    make_trainer,
-    plain_and_denoising,
-    tiny_config,
-)
+from fairchem_scd.testing import collate, make_trainer
+from tests.support.command_line import fairchem_scd
+from tests.support.configs import host_config, tiny_config
+from tests.support.models import fixed_edge_frames, hydra_arguments, plain_and_denoising
 
 NAMES = ["equiformer_v2", "escn"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -77,8 +70,8 @@ def files(data, tmp_path_factory):
     return made
 
 
-def run(*arguments):
-    return CliRunner().invoke(main, ["embed", *map(str, arguments)])
+def embed_command(*arguments):
+    return fairchem_scd("embed", *arguments, code=None)
 
 
 # --- what is embedded -------------------------------------------------------------------------------------------------
@@ -263,7 +256,9 @@ def test_structures_without_any_neighbours_are_one_clear_error(name):
 
 def test_npz_holds_what_the_api_returns(files, tmp_path):
     out = tmp_path / "out.npz"
-    result = run(files["pretrained"], files["config"], out, "--split", "train", "--per-atom", "--batch-size", "3")
+    result = embed_command(
+        files["pretrained"], files["config"], out, "--split", "train", "--per-atom", "--batch-size", "3"
+    )
     assert result.exit_code == 0, result.output
     assert "Loading" in result.stderr.splitlines()[0]
     assert "8/8" in result.stderr, "progress"
@@ -281,7 +276,7 @@ def test_npz_holds_what_the_api_returns(files, tmp_path):
 def test_parquet_holds_the_same(files, tmp_path):
     pq = pytest.importorskip("pyarrow.parquet", exc_type=ImportError)
     for out in ("out.npz", "out.parquet"):
-        assert run(files["pretrained"], files["config"], tmp_path / out, "--per-atom").exit_code == 0
+        assert embed_command(files["pretrained"], files["config"], tmp_path / out, "--per-atom").exit_code == 0
     table = pq.read_table(tmp_path / "out.parquet").to_pydict()
     with np.load(tmp_path / "out.npz") as held:
         assert set(table) == set(held) - {"about", "structure"}
@@ -294,7 +289,7 @@ def test_parquet_holds_the_same(files, tmp_path):
 
 def test_a_supervised_checkpoint_has_no_c(files, tmp_path):
     out = tmp_path / "out.npz"
-    assert run(files["supervised"], files["config"], out, "--limit", "2", "--cpu").exit_code == 0
+    assert embed_command(files["supervised"], files["config"], out, "--limit", "2", "--cpu").exit_code == 0
     with np.load(out) as held:
         assert "condition" not in held
         assert len(held["features"]) == 2
@@ -353,7 +348,7 @@ def test_bad_input_is_one_clear_error_and_no_file(spoil, arguments, message, fil
     if spoil is not None:
         spoil(source)
     arguments = [argument.format(folder=tmp_path) for argument in arguments]
-    result = run(source, files["config"], tmp_path / "out.npz", *arguments)
+    result = embed_command(source, files["config"], tmp_path / "out.npz", *arguments)
     assert result.exit_code in (1, 2), result.output
     errors = [line for line in result.stderr.splitlines() if line.startswith("Error")]
     assert len(errors) == 1
@@ -373,19 +368,19 @@ def test_bad_configs_are_one_clear_error(files, tmp_path):
         ("dataset: {val: {src: /nowhere, format: stone}}", "stone"),
     ):
         config.write_text(text)
-        result = run(files["supervised"], config, tmp_path / "out.npz")
+        result = embed_command(files["supervised"], config, tmp_path / "out.npz")
         assert (result.exit_code, message in result.stderr) == (1, True), result.stderr
-    assert run(files["supervised"], tmp_path / "none.yml", tmp_path / "out.npz").exit_code == 1
+    assert embed_command(files["supervised"], tmp_path / "none.yml", tmp_path / "out.npz").exit_code == 1
 
 
 def test_a_file_that_exists_is_kept_without_force(files, tmp_path, monkeypatch):
     out, picture = tmp_path / "out.npz", tmp_path / "map.png"
     picture.write_text("mine")
-    result = run(files["supervised"], files["config"], out, "--plot", picture)
+    result = embed_command(files["supervised"], files["config"], out, "--plot", picture)
     assert (result.exit_code, "--force" in result.stderr) == (1, True)
     assert picture.read_text() == "mine"
     out.write_text("mine")
-    assert run(files["supervised"], files["config"], out).exit_code == 1
+    assert embed_command(files["supervised"], files["config"], out).exit_code == 1
     assert out.read_text() == "mine"
 
     def full(*args, **kwargs):
@@ -393,24 +388,26 @@ def test_a_file_that_exists_is_kept_without_force(files, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(np.lib.format, "write_array", full)
-        result = run(files["supervised"], files["config"], out, "--force")
+        result = embed_command(files["supervised"], files["config"], out, "--force")
     assert (result.exit_code, "No space left" in result.stderr) == (1, True)
     assert out.read_text() == "mine"
-    assert run(files["supervised"], files["config"], out, "--force").exit_code == 0
+    assert embed_command(files["supervised"], files["config"], out, "--force").exit_code == 0
     assert len(np.load(out)["features"]) == 4
     assert {path.name for path in tmp_path.iterdir()} == {"out.npz", "map.png"}
 
 
 def test_endings_and_libraries_are_checked_before_anything_is_read(tmp_path, monkeypatch):
     for out, message in (("out.csv", ".npz or .parquet"), ("no/out.npz", "there is no folder")):
-        result = run("none.pt", "none.yml", tmp_path / out)
+        result = embed_command("none.pt", "none.yml", tmp_path / out)
         assert (result.exit_code, message in result.stderr) == (1, True), result.stderr
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    result = run("none.pt", "none.yml", tmp_path / "out.parquet")
+    result = embed_command("none.pt", "none.yml", tmp_path / "out.parquet")
     assert "pip install 'fairchem-scd[parquet]'" in result.stderr
     monkeypatch.setitem(sys.modules, "umap", None)
-    result = run("none.pt", "none.yml", tmp_path / "out.npz", "--plot", tmp_path / "map.png", "--method", "umap")
+    result = embed_command(
+        "none.pt", "none.yml", tmp_path / "out.npz", "--plot", tmp_path / "map.png", "--method", "umap"
+    )
     assert "pip install 'fairchem-scd[umap]'" in result.stderr
 
 
@@ -529,7 +526,9 @@ def test_umap_has_axes_without_numbers(monkeypatch):
 @pytest.mark.parametrize("ending", style.FORMATS)
 def test_a_map_is_written_in_print_size(ending, files, tmp_path):
     picture = tmp_path / f"map{ending}"
-    result = run(files["supervised"], files["config"], tmp_path / "out.npz", "--plot", picture, "--color", "adsorbate")
+    result = embed_command(
+        files["supervised"], files["config"], tmp_path / "out.npz", "--plot", picture, "--color", "adsorbate"
+    )
     assert result.exit_code == 0, result.output
     assert str(picture) in result.output
     start = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}[ending]

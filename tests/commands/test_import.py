@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from e3nn import o3
 from fairchem.core.common.registry import registry
 from fairchem.core.common.relaxation.ase_utils import OCPCalculator
@@ -19,12 +18,13 @@ from fairchem.core.models.base import HydraModel
 from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
 
 from fairchem_scd import ConfigError
-from fairchem_scd.commands import main
 from fairchem_scd.denoising.plan import NOISE
 from fairchem_scd.fairchem1.checkpoint import export, from_dens, is_of, read, to_plain
 from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
-from tests.fairchem1.test_engine import dens_plan
-from tests.support import BACKBONES, ESEN, collate, hydra_arguments, make_trainer, tiny_config
+from fairchem_scd.testing import collate, make_trainer, plan_of, run
+from tests.support.command_line import fairchem_scd
+from tests.support.configs import tiny_config
+from tests.support.models import BACKBONES, ESEN, hydra_arguments
 
 DATA = Path(__file__).parents[1] / "data"
 SCHEDULE = {"num_steps": 5, "std_low": 0.05, "std_high": 0.3}
@@ -48,7 +48,7 @@ def optim(sigma=False):
     }
 
 
-def host_config(data, kind):
+def dens_config(data, kind):
     config = tiny_config(data, optim=optim(sigma=kind == "equiformer_v2 sigma"), task={})
     config["task"] = {}
     if kind.startswith("esen"):
@@ -78,7 +78,7 @@ def host(data, tmp_path_factory):
 
     def get(kind):
         if kind not in made:
-            trainer = make_trainer(host_config(data, kind), tmp_path_factory.mktemp("host"))
+            trainer = make_trainer(dens_config(data, kind), tmp_path_factory.mktemp("host"))
             trainer.best_val_metric = 1e9
             torch.manual_seed(1)
             with torch.no_grad():  # as after training: no bias is zero, and the average differs from the weights
@@ -193,13 +193,6 @@ def built(imported, weights="raw"):
     return model.eval()
 
 
-def run(model, batch, *plan):
-    """Energy and forces under a fixed random state: edge frames are random."""
-    torch.manual_seed(7)
-    out = model(copy.deepcopy(batch), *plan)
-    return {key: value.detach() for key, value in out.items()}
-
-
 def assert_same(out, expected, tolerance=1e-6):
     assert set(out) == set(expected)
     for key, value in expected.items():
@@ -254,7 +247,7 @@ def test_an_imported_host_checkpoint_denoises_as_the_hosts_dens_model_does(kind,
 def corrupted(batch, imported):
     """A denoising pass under the imported settings, and the same as the host's DeNS models want it on the batch."""
     block = {"dens": {**imported["config"]["task"]["denoising"]["dens"], "prob": 1.0}}
-    plan, corruption = dens_plan(batch, block=block)
+    plan, corruption = plan_of(batch, block, step=1)
     assert corruption.mask.any()
     assert not corruption.mask.all()
     conditioned = copy.deepcopy(batch)
@@ -438,12 +431,6 @@ def test_the_checkpoint_given_is_left_as_it_was():
 # --- what can be done with it -----------------------------------------------------------------------------------------
 
 
-def invoke(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result.output
-
-
 @pytest.mark.parametrize("plain", [False, True], ids=["denoising", "plain"])
 @pytest.mark.parametrize("references", [False, True])
 def test_the_hosts_calculator_takes_it(references, plain, rows, tmp_path):
@@ -451,7 +438,7 @@ def test_the_hosts_calculator_takes_it(references, plain, rows, tmp_path):
     options = {"load_energy_lin_ref": True, "use_energy_lin_ref": True} if references else {}
     checkpoint = authors("equiformer_v2", **options)
     torch.save(checkpoint, tmp_path / "theirs.pt")
-    out = invoke("import", tmp_path / "theirs.pt", tmp_path / "ours.pt", *(["--plain"] if plain else []))
+    out = fairchem_scd("import", tmp_path / "theirs.pt", tmp_path / "ours.pt", *(["--plain"] if plain else [])).output
     assert f"OCPCalculator(checkpoint_path='{tmp_path / 'ours.pt'}')" in out
     assert ("fairchem's own hydra" in out) == plain
     twin = plain_twin("equiformer_v2", checkpoint, folded(raw(checkpoint)))
@@ -471,7 +458,7 @@ def test_the_hosts_calculator_takes_it(references, plain, rows, tmp_path):
 @pytest.mark.parametrize("plain", [False, True], ids=["denoising", "plain"])
 def test_training_goes_on_from_it(plain, host, data, tmp_path):
     _, path = host("equiformer_v2")
-    invoke("import", path, tmp_path / "imported.pt", *(["--plain"] if plain else []))
+    fairchem_scd("import", path, tmp_path / "imported.pt", *(["--plain"] if plain else []))
     imported = read(tmp_path / "imported.pt")
     config = tiny_config(data, denoising=imported["config"]["task"].get("denoising", {}))
     config["model"] = {k: v for k, v in imported["config"]["model"].items() if k != "denoising"}
@@ -563,7 +550,7 @@ def test_one_clear_error_for_a_checkpoint_of_another_model(make, said, tmp_path)
     torch.save(make(), tmp_path / "theirs.pt")
     with pytest.raises(ConfigError, match=said):
         from_dens(read(tmp_path / "theirs.pt"))
-    output = invoke("import", tmp_path / "theirs.pt", tmp_path / "ours.pt", code=1)
+    output = fairchem_scd("import", tmp_path / "theirs.pt", tmp_path / "ours.pt", code=1).output
     assert len(output.strip().splitlines()) == 2, output  # what it reads, and the error
     assert [path.name for path in tmp_path.iterdir()] == ["theirs.pt"]
 
@@ -587,8 +574,10 @@ def test_bad_files_end_in_one_error_and_leave_nothing(tmp_path, monkeypatch):
         ("text.pt", "not a checkpoint"),
         ("missing.pt", "checkpoint file not found"),
     ):
-        assert said in invoke("import", tmp_path / source, whole / "ours.pt", code=1)
-    assert "there is no folder" in invoke("import", tmp_path / "theirs.pt", whole / "no" / "ours.pt", code=1)
+        assert said in fairchem_scd("import", tmp_path / source, whole / "ours.pt", code=1).output
+    assert (
+        "there is no folder" in fairchem_scd("import", tmp_path / "theirs.pt", whole / "no" / "ours.pt", code=1).output
+    )
     assert not list(whole.iterdir())
 
     def full_disk(content, path):
@@ -596,11 +585,11 @@ def test_bad_files_end_in_one_error_and_leave_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (whole / "ours.pt").write_text("precious")
-    assert "--force" in invoke("import", tmp_path / "theirs.pt", whole / "ours.pt", code=1)
+    assert "--force" in fairchem_scd("import", tmp_path / "theirs.pt", whole / "ours.pt", code=1).output
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", full_disk)
-        output = invoke("import", tmp_path / "theirs.pt", whole / "ours.pt", "--force", code=1)
+        output = fairchem_scd("import", tmp_path / "theirs.pt", whole / "ours.pt", "--force", code=1).output
     assert "No space left on device" in output
     assert [path.read_text() for path in whole.iterdir()] == ["precious"]
-    invoke("import", tmp_path / "theirs.pt", whole / "ours.pt", "--force")
+    fairchem_scd("import", tmp_path / "theirs.pt", whole / "ours.pt", "--force")
     assert read(whole / "ours.pt")["config"]["model"]["backbone"]["model"] == "escn_backbone"

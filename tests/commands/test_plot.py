@@ -6,16 +6,16 @@ import warnings
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from fairchem_scd.commands import main
 from fairchem_scd.commands import pictures as style
 from fairchem_scd.commands.plot import training_run
 from fairchem_scd.commands.plot.training_log import Curve, find_run, read_curves
 from fairchem_scd.errors import ConfigError
-from tests.support import make_trainer, tiny_config
+from fairchem_scd.testing import make_trainer
+from tests.support.command_line import fairchem_scd
+from tests.support.configs import tiny_config
 
 DENS = {
     "train/loss": 60.0,
@@ -60,7 +60,7 @@ def log(folder, tags, first=1, last=30, suffix=""):
 
 def plot(*arguments, ok=True):
     """Run the command; its output, or the error it ends in."""
-    result = CliRunner().invoke(main, ["plot", *map(str, arguments)])
+    result = fairchem_scd("plot", *arguments, code=None)
     assert (result.exit_code == 0) == ok, result.output
     if not ok:
         assert isinstance(result.exception, SystemExit), result.exc_info

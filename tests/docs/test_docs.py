@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from click.testing import CliRunner
-from fairchem.core._cli import main as fairchem
-from fairchem.core.common import distutils
-from fairchem.core.common.flags import flags
 
 from benchmarks import step_cost
 from fairchem_scd.commands import main
+from tests.support.command_line import fairchem, fairchem_scd
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "configs" / "README.md"]
@@ -39,12 +35,11 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return [(language, text) for language, text in found if "pip install" not in text]
 
 
-def run(command: str) -> None:
+def follow(command: str) -> None:
     words = shlex.split(command)
     assert words[:2] == ["uv", "run"], f"a command that a reader cannot copy: {command}"
     if words[2] == "fairchem-scd":
-        result = CliRunner().invoke(main, words[3:])
-        assert result.exit_code == 0, f"{command}\n{result.output}"
+        fairchem_scd(*words[3:])
         return
     if words[2:5] == ["python", "-m", "benchmarks.step_cost"]:
         # Hours as they stand. Tried are the options, and one small model in the place of all.
@@ -52,11 +47,8 @@ def run(command: str) -> None:
         step_cost.main(["--quick", "--backbones", options.backbones[0], "--tasks", options.tasks[0]])
         return
     assert words[2] == "fairchem"
-    try:
-        # Its default, the working directory, is that of the time of its import.
-        fairchem(*flags.get_parser().parse_known_args([*words[3:], "--run-dir", "."]))
-    finally:
-        distutils.cleanup()
+    # Its default, the working directory, is that of the time of its import.
+    fairchem(*words[3:], "--run-dir", ".")
 
 
 @pytest.fixture
@@ -69,8 +61,7 @@ def clone(tmp_path, monkeypatch):
             text = re.sub(long, short, text)
         path.write_text(text)
     monkeypatch.chdir(tmp_path)
-    with mock.patch.dict(os.environ):  # the host sets variables for its processes
-        yield tmp_path
+    return tmp_path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -80,7 +71,7 @@ def test_a_page_runs_from_top_to_bottom(page, clone):
             exec(compile(text, page.name, "exec"), {})
             continue
         for command in text.strip().splitlines():
-            run(command)
+            follow(command)
 
 
 def test_the_readme_runs_from_top_to_bottom(clone):
@@ -88,7 +79,7 @@ def test_the_readme_runs_from_top_to_bottom(clone):
         if language == "bash":
             for command in text.strip().splitlines():
                 if "pytest" not in command:
-                    run(command)
+                    follow(command)
 
 
 def anchors(page: Path) -> set[str]:

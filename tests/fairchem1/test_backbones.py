@@ -9,57 +9,57 @@ import pytest
 import torch
 from fairchem.core.common.registry import registry
 
-import tests.fairchem1.test_backbones
-import tests.fairchem1.test_edge_backbones
 from fairchem_scd import ConfigError, DenoisingHydra
 from fairchem_scd.fairchem1.backbones import adapters
 from fairchem_scd.fairchem1.legacy import hydra_key, to_hydra
 from fairchem_scd.fairchem1.legacy_models import LEGACY_MODELS
 from fairchem_scd.testing import SCD, BackboneClaims, collate, gradients
-from tests.support import (
-    BACKBONES,
-    ESEN,
-    ESEN_GRADIENT_HEAD,
-    ESEN_HEADS,
-    ESEN_SMOOTH,
-    HEADS,
-    edge_frames_without_chance,
-)
+from tests.support import claims
 
 
-class TestEquiformerV2(BackboneClaims):
-    backbone = BACKBONES["equiformer_v2"]
-    heads = HEADS["equiformer_v2"]
-    without_chance = staticmethod(edge_frames_without_chance)
+class TestEquiformerV2(claims.EquiformerV2):
+    pass
 
 
-class TestESCN(BackboneClaims):
-    backbone = {**BACKBONES["escn"], "num_sphere_samples": 128}
-    heads = HEADS["escn"]
-    without_chance = staticmethod(edge_frames_without_chance)
+class TestESCN(claims.ESCN):
+    pass
 
 
-class TestESEN(BackboneClaims):
-    backbone = ESEN
-    heads = ESEN_HEADS
-    without_chance = staticmethod(edge_frames_without_chance)
+class TestDirectESEN(claims.DirectESEN):
+    pass
 
 
-class TestConservativeESEN(BackboneClaims):
-    backbone = ESEN_SMOOTH
-    heads = ESEN_GRADIENT_HEAD
-    without_chance = staticmethod(edge_frames_without_chance)
+class TestConservativeESEN(claims.ConservativeESEN):
+    pass
 
 
-class TestPaiNN(BackboneClaims):
-    backbone = {"model": "painn_backbone", "hidden_channels": 8, "num_layers": 2, "num_rbf": 8, "cutoff": 4.5}
-    backbone |= {"max_neighbors": 300}
-    heads = {"energy": {"module": "painn_energy_head"}, "forces": {"module": "painn_force_head"}}
+class TestPaiNN(claims.PaiNN):
+    pass
+
+
+class TestGemNetT(claims.GemNetT):
+    pass
+
+
+class TestConservativeGemNetT(claims.ConservativeGemNetT):
+    pass
+
+
+class TestGemNetOC(claims.GemNetOC):
+    pass
+
+
+class TestConservativeGemNetOC(claims.ConservativeGemNetOC):
+    pass
+
+
+class TestDimeNetPlusPlus(claims.DimeNetPlusPlus):
+    pass
 
 
 def test_a_one_piece_painn_is_its_twin_bit_for_bit(rows):
     """Outputs and gradients, of the same weights."""
-    arguments = {key: value for key, value in TestPaiNN.backbone.items() if key != "model"}
+    arguments = {key: value for key, value in claims.PAINN.items() if key != "model"}
     torch.manual_seed(0)
     legacy = registry.get_model_class("painn")(**arguments).train()
     block, _ = to_hydra({"name": "painn", **arguments})
@@ -78,8 +78,8 @@ def test_a_one_piece_painn_is_its_twin_bit_for_bit(rows):
 
 
 def test_painn_without_direct_forces_is_refused_with_the_reason():
-    class Gradient(TestPaiNN):
-        backbone = {**TestPaiNN.backbone, "direct_forces": False}
+    class Gradient(claims.PaiNN):
+        backbone = {**claims.PAINN, "direct_forces": False}
 
     with pytest.raises(ConfigError, match="direct_forces"):
         Gradient().ours(SCD)
@@ -92,11 +92,10 @@ def test_schnet_is_refused_with_the_reason():
 
 def test_the_readme_says_what_works_on_which_backbone():
     """A claim a cell: every adapter has its classes here, and DeNS is where forces can be told."""
-    claims = {}
-    for cls in vars(tests.fairchem1.test_backbones).values(), vars(tests.fairchem1.test_edge_backbones).values():
-        for each in cls:
-            if isinstance(each, type) and issubclass(each, BackboneClaims) and each is not BackboneClaims:
-                claims.setdefault(each.backbone["model"], []).append(each())
+    claimed = {}
+    for name, each in globals().items():
+        if name.startswith("Test") and issubclass(each, BackboneClaims):
+            claimed.setdefault(each.backbone["model"], []).append(each())
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     table = readme.split("| backbone |")[1].split("\n\n")[0].splitlines()[2:]
     rows = {re.search(r"`(\w+)`", line)[1]: [cell.strip() for cell in line.split("|")[1:-1]] for line in table}
@@ -106,8 +105,8 @@ def test_the_readme_says_what_works_on_which_backbone():
         if name == "schnet":
             assert "✓" not in "".join(cells)
             continue
-        assert cells == ["✓" if claims[name][0].conditions_on_forces() else "–", "✓", "✓", "✓"], title
-        kinds = {"conservative" if each.ours(SCD).adapter.conservative else "direct" for each in claims[name]}
+        assert cells == ["✓" if claimed[name][0].conditions_on_forces() else "–", "✓", "✓", "✓"], title
+        kinds = {"conservative" if each.ours(SCD).adapter.conservative else "direct" for each in claimed[name]}
         assert set(forces.split(", ")) == kinds, title
         legacy = {old for old, model in LEGACY_MODELS.items() if model.backbone == name and not old.endswith("_dens")}
         assert set(re.findall(r"`(\w+)`", title)) == {name, *legacy}

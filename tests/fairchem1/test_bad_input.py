@@ -6,6 +6,9 @@ import os
 import pickle
 import re
 import shutil
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import lmdb
 import pytest
@@ -18,22 +21,30 @@ from fairchem_scd.fairchem1.data.distances import nearest_images
 from fairchem_scd.fairchem1.data.emt_slabs import write_emt_slabs
 from fairchem_scd.fairchem1.data.rows import check_periodicity
 from fairchem_scd.fairchem1.data.sources import check_whole
-from tests.fairchem1.test_backbones import TestPaiNN as PaiNN
-from tests.support import make_trainer, slabs, tiny_config
+from fairchem_scd.testing import make_trainer, slabs
+from tests.support.claims import PaiNN
+from tests.support.configs import tiny_config
+
+
+@cache
+def sample() -> list[bytes]:
+    """Eight rows of sample data as they are stored."""
+    with TemporaryDirectory() as folder:
+        write_emt_slabs(Path(folder) / "source", num_structures=8, num_systems=2, seed=0)
+        path = f"{folder}/source/data.0000.lmdb"
+        with lmdb.open(path, subdir=False, readonly=True, lock=False) as source, source.begin() as view:
+            return [view.get(f"{i}".encode()) for i in range(8)]
 
 
 def rewritten(folder, change):
     """Sample data with every row changed; returns the folder."""
-    write_emt_slabs(folder / "source", num_structures=8, num_systems=2, seed=0)
     target = folder / "changed"
-    target.mkdir()
-    with lmdb.open(str(folder / "source" / "data.0000.lmdb"), subdir=False, readonly=True, lock=False) as source:
-        with lmdb.open(str(target / "data.lmdb"), subdir=False, map_size=2**24) as db:
-            with source.begin() as view, db.begin(write=True) as transaction:
-                for i in range(8):
-                    row = pickle.loads(view.get(f"{i}".encode()))
-                    change(i, row)
-                    transaction.put(f"{i}".encode(), pickle.dumps(row))
+    target.mkdir(parents=True)
+    with lmdb.open(str(target / "data.lmdb"), subdir=False, map_size=2**24) as db, db.begin(write=True) as transaction:
+        for i, stored in enumerate(sample()):
+            row = pickle.loads(stored)
+            change(i, row)
+            transaction.put(f"{i}".encode(), pickle.dumps(row))
     return target
 
 

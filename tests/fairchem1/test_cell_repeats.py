@@ -17,7 +17,9 @@ from fairchem_scd.denoising.settings import CellRepeatSettings
 from fairchem_scd.denoising.tasks import build_tasks
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.data.cell_repeats import check_outputs, draw_repeats, repeat
-from tests.support import collate, make_trainer, plain_and_denoising, tiny_config
+from fairchem_scd.testing import collate, make_trainer
+from tests.support.configs import tiny_config
+from tests.support.models import plain_and_denoising
 
 
 def alloy(natoms=4, tags=(0, 1, 2, 1)):

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import copy
-import os
-import zipfile
-from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-import yaml
-from fairchem.core._cli import main
 from fairchem.core.common import distutils
-from fairchem.core.common.flags import flags
-from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 from fairchem.core.common.utils import load_model_and_weights_from_checkpoint
 from fairchem.core.models.base import HydraModel
 
 from fairchem_scd import ConfigError, DenoisingHydra
 from fairchem_scd.fairchem1 import checkpoint
-from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
 from fairchem_scd.fairchem1.legacy import hydra_key
-from tests.support import BACKBONES, collate, edge_frames_without_chance, make_trainer, tiny_config
+from fairchem_scd.testing import collate, make_trainer
+from tests.support.command_line import fairchem_on
+from tests.support.configs import tiny_config
+from tests.support.models import BACKBONES, edge_frames_without_chance
+from tests.support.runs import folder_of
 
 OURS = "fairchem_scd.EquiformerV2DenoisingTrainer"
 PLAIN = "equiformerv2_forces"
@@ -65,10 +60,6 @@ def trained(config, folder, checkpoint_path=None):
     torch.manual_seed(5)
     trainer.train(disable_eval_tqdm=True)
     return trainer
-
-
-def folder_of(trainer) -> Path:
-    return Path(trainer.config["cmd"]["checkpoint_dir"])
 
 
 @pytest.fixture(scope="module")
@@ -400,45 +391,6 @@ def test_a_run_from_a_one_piece_config_goes_on_in_the_plain_host_by_its_rule_of_
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_exported_model_predicts_bit_for_bit_what_the_denoising_model_does(name, finished, rows, tmp_path):
-    source, path = finished("dens", name)
-    plain_path = exported(path, tmp_path)
-    plain = load_model_and_weights_from_checkpoint(str(plain_path))
-    assert type(plain) is HydraModel
-    predictions = []
-    for model in (source.model, plain):
-        model.eval()
-        torch.manual_seed(3)
-        with torch.no_grad():
-            predictions.append(model(collate(rows[:3])))
-    assert_equal(*predictions)
-    with zipfile.ZipFile(plain_path) as archive:
-        pickled = archive.read(next(entry for entry in archive.namelist() if entry.endswith("data.pkl")))
-    assert b"fairchem_scd" not in pickled, "it needs this package to load"
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_the_hosts_calculator_takes_the_checkpoint_as_it_is(name, finished, tmp_path):
-    source, path = finished("dens", name)
-    atoms = next(iter(emt_slabs(1, seed=3)))[0]
-    results = []
-    for file in (path, exported(path, tmp_path)):
-        calculator = OCPCalculator(checkpoint_path=str(file), cpu=True)
-        torch.manual_seed(3)
-        calculator.calculate(atoms, ["energy", "forces"], [])
-        assert not calculator.trainer.model.training
-        results.append(calculator.results)
-    source.model.eval()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        out = source.model(collate([calculator.a2g.convert(atoms)]))
-    expected = {key: source.normalizers[key].denorm(value) for key, value in out.items()}
-    for result in results:
-        assert result["energy"] == expected["energy"].item()
-        assert torch.equal(torch.as_tensor(result["forces"]), expected["forces"])
-
-
-@pytest.mark.parametrize("name", BACKBONES)
 def test_the_host_fine_tunes_from_the_checkpoint(name, finished, data, tmp_path):
     source, path = finished("dens", name)
     config = config_of(data, "hydra", name, PLAIN)
@@ -534,21 +486,13 @@ def test_keys_may_carry_any_number_of_module_prefixes(kind, wrapped, finished, d
 
 @pytest.fixture
 def fairchem(tmp_path):
-    """The host's command line, in this process; it wraps the model even for one. Returns the last checkpoint."""
+    """Train by the host's command, which wraps the model even on one rank. Returns the last checkpoint."""
 
-    def run(name, config, *arguments):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "config.yml").write_text(yaml.safe_dump(config))
-        command = ["--mode", "train", "--config-yml", str(folder / "config.yml"), "--run-dir", str(folder), "--cpu"]
-        try:
-            main(*flags.get_parser().parse_known_args([*command, *arguments]))
-        finally:
-            distutils.cleanup()
-        return next(folder.glob("checkpoints/*/checkpoint.pt"))
+    def train(name, config, *arguments):
+        fairchem_on(config, tmp_path / name, "--mode", "train", *arguments)
+        return next((tmp_path / name).glob("checkpoints/*/checkpoint.pt"))
 
-    with mock.patch.dict(os.environ):  # the host sets variables for its processes
-        yield run
+    return train
 
 
 def test_from_command_line_to_command_line(data, tmp_path, fairchem):

@@ -7,28 +7,22 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-import pickle
 import re
 from functools import cache
 
-import fairchem.core.models.equiformer_v2.equiformer_v2 as equiformer_v2
-import fairchem.core.models.equiformer_v2.equiformer_v2_deprecated as equiformer_v2_one_piece
-import lmdb
 import numpy as np
 import pytest
 import torch
 import yaml
 from fairchem.core.common.registry import registry
 from fairchem.core.models.base import HydraModel
-from torch import nn
 
 from fairchem_scd import DenoisingHydra
-from fairchem_scd.denoising.tasks import build_tasks
 from fairchem_scd.fairchem1.backbones import adapter_for
-from fairchem_scd.fairchem1.dens_aliases import denoising_block
 from fairchem_scd.fairchem1.legacy import hydra_key, to_hydra
-from tests.support import BACKBONES, CONFIGS, ESEN, host_config, hydra_arguments, make_trainer
+from tests.support.config_files import count, lmdb_of, load, oc22_data, sample_data, settings_of, small, train
+from tests.support.configs import CONFIGS, host_config
+from tests.support.models import BACKBONES, hydra_arguments
 
 # --- what they say ---------------------------------------------------------------------------------------------------
 
@@ -215,10 +209,6 @@ PUBLISHED = {
 }
 
 
-def load(name):
-    return host_config(CONFIGS / f"{name}.yml")
-
-
 def at(config, dotted):
     """The value under a key such as `loss_functions.0.energy.fn`."""
     try:
@@ -227,13 +217,6 @@ def at(config, dotted):
     except (KeyError, IndexError):
         return "(not there)"
     return config
-
-
-def settings_of(config):
-    """The settings of each task of a config, as the trainer parses them."""
-    _, dens = to_hydra(config["model"])
-    tasks, _ = build_tasks(denoising_block(config.get("task", {}), config["optim"], dens))
-    return {name: task.settings.model_dump() for name, task in tasks.items()}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -308,27 +291,6 @@ SIZES = {
 }
 
 
-class NoGrid(nn.Module):
-    """Stands in for EquiformerV2's grids, which hold no parameters and take long to compile."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__()
-
-
-@pytest.fixture
-def sizes_only(monkeypatch):
-    """Full-size models in a second: no random numbers are drawn for their weights, and no grids made."""
-    assert not list(equiformer_v2.SO3_Grid(1, 1).parameters())
-    for module in (equiformer_v2, equiformer_v2_one_piece):
-        monkeypatch.setattr(module, "SO3_Grid", NoGrid)
-    for draw in ("uniform_", "normal_"):
-        monkeypatch.setattr(torch.Tensor, draw, lambda tensor, *args, **kwargs: tensor)
-
-
-def count(parameters):
-    return sum(p.numel() for p in parameters)
-
-
 @cache
 def size(model):
     """Parameters of a model, by the JSON of its block: the same few are asked for again and again."""
@@ -351,69 +313,6 @@ def test_full_size_model_is_the_hosts_and_dens_adds_a_head_and_an_encoding(name,
 
 
 # --- that they train -------------------------------------------------------------------------------------------------
-
-
-def lmdb_of(folder, rows, **labels):
-    """An LMDB as the host's own OC20 and OC22 data are: labels `y` and `force`, sizes in `metadata.npz`."""
-    folder.mkdir(parents=True)
-    with lmdb.open(str(folder / "data.0000.lmdb"), map_size=2**24, subdir=False) as db, db.begin(write=True) as writer:
-        for index, row in enumerate(rows):
-            row = copy.deepcopy(row)
-            row.y, row.force = row.energy, row.forces
-            del row.energy, row.forces
-            for key, value in labels.items():
-                row[key] = value
-            writer.put(f"{index}".encode("ascii"), pickle.dumps(row))
-    np.savez(folder / "metadata.npz", natoms=np.array([row.natoms for row in rows]))
-    return str(folder)
-
-
-def small(config, train, val):
-    """The config with one block's worth of a model, on eight structures of sample data, for two steps that denoise."""
-    config = copy.deepcopy(config)
-    model = config["model"]
-    if "finetune_config" not in model:  # whose model comes with the checkpoint
-        backbone = model.get("backbone", model)
-        name = backbone.get("model") or backbone["name"]
-        sizes = ESEN if "esen" in name else BACKBONES["escn" if "escn" in name else "equiformer_v2"]
-        keys = ("num_heads", "lmax", "mmax", "lmax_list", "mmax_list", "num_layers")
-        backbone.update({k: size for k, size in sizes.items() if k.endswith("channels") or k in keys})
-    dataset = config["dataset"]
-    dataset["train"].update(train)
-    dataset["val"].update(val)
-    dataset["val"].pop("sample_n", None)
-    config["optim"].update(batch_size=4, eval_batch_size=4, num_workers=0, max_epochs=1, eval_every=2)
-    if list(config["task"].get("denoising", {})) == ["dens"]:
-        config["task"]["denoising"]["dens"]["prob"] = 1.0
-    return config
-
-
-def sample_data(data):
-    """Train and val blocks that stand in for OC20's."""
-    return (
-        {"format": "emt_slabs", "src": str(data / "configs/train"), "num_structures": 8, "num_systems": 6},
-        {"format": "emt_slabs", "src": str(data / "configs/val"), "num_structures": 4, "num_systems": 3, "seed": 1},
-    )
-
-
-def train(config, run_dir):
-    """Train; return the trainer, and of each step its batch, corruption and loss."""
-    trainer = make_trainer(config, run_dir)
-    steps, host_loss = [], trainer._compute_loss
-
-    def noted(out, batch):
-        loss = host_loss(out, batch)
-        if trainer.model.training:
-            steps.append((batch, getattr(trainer._step, "corruption", None), float(loss)))
-        return loss
-
-    trainer._compute_loss = noted
-    trainer.train()
-    assert len(steps) == 2
-    assert all(math.isfinite(loss) for _, _, loss in steps)
-    for name in ("checkpoint.pt", "best_checkpoint.pt"):
-        assert (run_dir / "checkpoints" / trainer.timestamp_id / name).is_file()
-    return trainer, steps
 
 
 @pytest.mark.parametrize(
@@ -461,13 +360,6 @@ def test_all_md_config_trains_and_leaves_md_frames_alone(rows, tmp_path):
         of_md = batch.md.bool()[batch.batch]
         assert not corruption.mask[of_md].any()
     assert any(corruption.mask.any() for _, corruption, _ in steps)
-
-
-def oc22_data(folder, rows):
-    """Train and val blocks of OC22's own format, with a file of linear references."""
-    np.savez(folder / "references.npz", coeff=np.linspace(-1, 1, 119))
-    train = {"src": lmdb_of(folder / "train", rows, nads=1, oc22=1)}
-    return train, {"src": lmdb_of(folder / "val", rows[:4], nads=1, oc22=1)}
 
 
 def test_oc22_config_trains_with_its_linear_references_subtracted(rows, tmp_path):
@@ -536,7 +428,6 @@ AUTHORS_OPTIM = {
 }
 
 
-@pytest.mark.parametrize("unused", [(0.01, 0.5), ("None", "None")])  # YAML reads None as a string
 @pytest.mark.parametrize(
     ("name", "std", "model"),
     [
@@ -566,26 +457,27 @@ AUTHORS_OPTIM = {
     ],
     ids=["equiformer_v2", "escn"],
 )
-def test_the_authors_config_trains_with_only_its_trainer_replaced(name, std, model, unused, data, tmp_path):
+def test_the_authors_config_trains_with_only_its_trainer_replaced(name, std, model, data, tmp_path):
     config = in_other_words(name, data, model, AUTHORS_OPTIM)
-    config["optim"]["denoising_pos_params"].update(std=std, std_low=unused[0], std_high=unused[1])
-    assert settings_of(config) == settings_of(load(name))
+    for unused in ((0.01, 0.5), ("None", "None")):  # YAML reads None as a string
+        config["optim"]["denoising_pos_params"].update(std=std, std_low=unused[0], std_high=unused[1])
+        assert settings_of(config) == settings_of(load(name))
     trainer, _ = train(config, tmp_path)
     assert {"dens": trainer.tasks["dens"].settings.model_dump()} == settings_of(load(name))
 
 
-@pytest.mark.parametrize("dotted", [False, True])
-def test_the_hosts_own_dens_config_trains_with_only_its_trainer_replaced(dotted, data, tmp_path):
+def test_the_hosts_own_dens_config_trains_with_only_its_trainer_replaced(data, tmp_path):
     """By the short names of its modules, and by the dotted ones of fairchem's shipped configs."""
-    model = {"name": "hydra", "otf_graph": True, **hydra_arguments("equiformer_v2")}
     place = "fairchem.core.models.equiformer_v2.equiformer_v2_dens."
-    names = (
-        (f"{place}EqV2DeNSBackbone", f"{place}DeNSScalarHead", f"{place}DeNSVectorHead")
-        if dotted
-        else ("equiformer_v2_dens_backbone", "eqV2_DeNS_scalar_head", "eqV2_DeNS_vector_head")
-    )
-    model["backbone"].update(model=names[0], use_force_encoding=True)
-    model["heads"] = {"energy": {"module": names[1], "use_denoising": True}, "forces": {"module": names[2]}}
+    short = ("equiformer_v2_dens_backbone", "eqV2_DeNS_scalar_head", "eqV2_DeNS_vector_head")
+    dotted = (f"{place}EqV2DeNSBackbone", f"{place}DeNSScalarHead", f"{place}DeNSVectorHead")
+    blocks = []
+    for names in (short, dotted):
+        model = {"name": "hydra", "otf_graph": True, **hydra_arguments("equiformer_v2")}
+        model["backbone"].update(model=names[0], use_force_encoding=True)
+        model["heads"] = {"energy": {"module": names[1], "use_denoising": True}, "forces": {"module": names[2]}}
+        blocks.append(to_hydra(model))
+    assert blocks[0] == blocks[1]
     config = in_other_words("dens_oc20_2m_12epochs", data, model, AUTHORS_OPTIM)
     config["optim"]["denoising_pos_params"].update(std_low="None", std_high="None")
     trainer, _ = train(config, tmp_path)

@@ -23,7 +23,8 @@ from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs, write_emt_slabs
 from fairchem_scd.fairchem1.data.md_marks import read_md_marks
-from tests.support import make_trainer, tiny_config
+from fairchem_scd.testing import make_trainer
+from tests.support.configs import tiny_config
 
 SETTINGS = {"num_structures": 12, "num_systems": 3, "seed": 0}
 

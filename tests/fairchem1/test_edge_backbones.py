@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,14 +16,13 @@ from fairchem.core.common.registry import registry
 from fairchem.core.models.base import HydraModel
 from fairchem.core.modules.scaling import ScaleFactor
 
-from fairchem_scd import ConfigError, DenoisingHydra
+from fairchem_scd import ConfigError
 from fairchem_scd.denoising.edge_vector import EdgeVectorHead
 from fairchem_scd.denoising.plan import NOISE, Plan
 from fairchem_scd.fairchem1 import checkpoint
 from fairchem_scd.fairchem1.legacy import hydra_key, to_hydra
 from fairchem_scd.testing import (
     SCD,
-    BackboneClaims,
     collate,
     gradients,
     make_trainer,
@@ -36,113 +34,23 @@ from fairchem_scd.testing import (
     stirred,
     training_config,
 )
-
-GEMNET_T = {
-    "model": "gemnet_t_backbone",
-    "otf_graph": True,
-    "max_neighbors": 300,
-    "cutoff": 4.0,
-    "direct_forces": True,
-    "num_spherical": 3,
-    "num_radial": 4,
-    "num_blocks": 2,
-    "emb_size_atom": 8,
-    "emb_size_edge": 10,
-    "emb_size_trip": 4,
-    "emb_size_rbf": 4,
-    "emb_size_cbf": 4,
-    "emb_size_bil_trip": 4,
-    "num_before_skip": 1,
-    "num_after_skip": 1,
-    "num_concat": 1,
-    "num_atom": 1,
-}
-GEMNET_OC = {
-    **{key: value for key, value in GEMNET_T.items() if key not in ("emb_size_trip", "emb_size_bil_trip")},
-    "model": "gemnet_oc_backbone",
-    **{f"emb_size_{kind}_{way}": 4 for kind in ("trip", "quad", "aint") for way in ("in", "out")},
-    "emb_size_sbf": 4,
-    **{f"max_neighbors_{kind}": 300 for kind in ("qint", "aeaint", "aint")},
-    "cutoff_qint": 3.0,
-    "cutoff_aint": 5.0,
-    "num_output_afteratom": 1,
-    "num_atom_emb_layers": 1,
-    "quad_interaction": True,
-    "atom_edge_interaction": True,
-    "edge_atom_interaction": True,
-    "atom_interaction": True,
-}
-# The host's quadruplets have derivatives that are not finite where four atoms lie on a line, as in any crystal.
-GEMNET_OC_GRADIENT = {**GEMNET_OC, "direct_forces": False, "quad_interaction": False}
-DIMENET = {
-    "model": "dimenetplusplus_backbone",
-    "otf_graph": True,
-    "cutoff": 4.0,
-    "hidden_channels": 8,
-    "num_blocks": 2,
-    "int_emb_size": 4,
-    "basis_emb_size": 4,
-    "out_emb_channels": 8,
-    "num_spherical": 2,
-    "num_radial": 3,
-}
-GEMNET_T_HEADS = {
-    "energy": {"module": "gemnet_t_energy_and_grad_force_head"},
-    "forces": {"module": "gemnet_t_force_head"},
-}
-GEMNET_OC_HEADS = {
-    "energy": {"module": "gemnet_oc_energy_and_grad_force_head", "num_global_out_layers": 2},
-    "forces": {"module": "gemnet_oc_force_head", "num_global_out_layers": 2},
-}
-DIMENET_HEADS = {"energy": {"module": "dimenetplusplus_energy_and_force_head"}}
-
-
-class TestGemNetT(BackboneClaims):
-    backbone = GEMNET_T
-    heads = GEMNET_T_HEADS
-
-
-class TestConservativeGemNetT(BackboneClaims):
-    backbone = {**GEMNET_T, "direct_forces": False}
-    heads = {"energy": GEMNET_T_HEADS["energy"]}
-
-
-class TestGemNetOC(BackboneClaims):
-    backbone = GEMNET_OC
-    heads = GEMNET_OC_HEADS
-
-
-class TestConservativeGemNetOC(BackboneClaims):
-    backbone = GEMNET_OC_GRADIENT
-    heads = {"energy": GEMNET_OC_HEADS["energy"]}
-
-
-class TestDimeNetPlusPlus(BackboneClaims):
-    backbone = DIMENET
-    heads = DIMENET_HEADS
-
-    def plain(self) -> HydraModel:
-        return _with_an_energy(super().plain())
-
-    def ours(self, block: dict[str, Any]) -> DenoisingHydra:
-        return _with_an_energy(super().ours(block))
-
-
-def _with_an_energy(model: HydraModel) -> HydraModel:
-    """The host starts DimeNet++ with an energy of zero."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for block in model.backbone.output_blocks:
-            block.lin.weight.copy_(torch.randn(block.lin.weight.shape, generator=generator))
-    return model
-
+from tests.support.claims import (
+    GEMNET_OC_GRADIENT,
+    GEMNET_OC_HEADS,
+    ConservativeGemNetOC,
+    ConservativeGemNetT,
+    DimeNetPlusPlus,
+    GemNetOC,
+    GemNetT,
+)
+from tests.support.runs import folder_of
 
 CLAIMS = {
-    "gemnet_t": TestGemNetT(),
-    "gemnet_t conservative": TestConservativeGemNetT(),
-    "gemnet_oc": TestGemNetOC(),
-    "gemnet_oc conservative": TestConservativeGemNetOC(),
-    "dimenetplusplus": TestDimeNetPlusPlus(),
+    "gemnet_t": GemNetT(),
+    "gemnet_t conservative": ConservativeGemNetT(),
+    "gemnet_oc": GemNetOC(),
+    "gemnet_oc conservative": ConservativeGemNetOC(),
+    "dimenetplusplus": DimeNetPlusPlus(),
 }
 
 
@@ -417,7 +325,7 @@ def test_pre_training_moves_what_it_trains_and_its_backbone_is_plain_fairchem(na
         scale = key.endswith("scale_factor")
         assert p.requires_grad != (id(p) in frozen or scale), key
         assert torch.equal(p, before[key]) == (id(p) in frozen or scale), key
-    stored = checkpoint.read(Path(trainer.config["cmd"]["checkpoint_dir"]) / "checkpoint.pt")
+    stored = checkpoint.read(folder_of(trainer) / "checkpoint.pt")
     path = tmp_path / "backbone.pt"
     torch.save(checkpoint.export(stored, weights="raw", backbone_only=True), path)
     plain = HydraModel(finetune_config={"starting_checkpoint": str(path)}, heads=claims.arguments()["heads"])
@@ -435,7 +343,7 @@ def test_an_export_holds_the_average_whole_and_needs_no_scale_file(name, data, t
     arguments["backbone"]["scale_file"] = str(scales)
     trainer = make_trainer(training_config(data, arguments, SCD), tmp_path)
     trainer.train(disable_eval_tqdm=True)
-    stored = checkpoint.read(Path(trainer.config["cmd"]["checkpoint_dir"]) / "checkpoint.pt")
+    stored = checkpoint.read(folder_of(trainer) / "checkpoint.pt")
     exported = {each: checkpoint.export(stored, weights=each) for each in ("raw", "ema")}
     scales.unlink()
     model = trainer._unwrapped_model

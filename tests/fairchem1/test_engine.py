@@ -8,31 +8,13 @@ import pytest
 import torch
 from fairchem.core.models.base import HydraModel
 
-from fairchem_scd.denoising.plan import NOISE, Plan
-from fairchem_scd.denoising.structures import structures_of
-from fairchem_scd.denoising.tasks import build_tasks
-from tests.support import collate, hydra_arguments, plain_and_denoising
+from fairchem_scd.denoising.plan import NOISE
+from fairchem_scd.testing import collate, gradients, plan_of
+from tests.support.models import hydra_arguments, plain_and_denoising
 
 DENS = {"dens": {"prob": 1.0}}
 
 
-def run(model, batch, *args, seed=7):
-    """Outputs and gradients of one call, under a fixed random state (edge frames are random)."""
-    torch.manual_seed(seed)
-    out = model(copy.deepcopy(batch), *args)
-    model.zero_grad()
-    sum(value.sum() for value in out.values()).backward()
-    return out, {name: p.grad for name, p in model.named_parameters()}
-
-
-def dens_plan(batch, seed=0, step=1, block=DENS):
-    task = build_tasks(block)[0]["dens"]
-    structures = structures_of(batch)
-    corruption = task.corrupt(structures, seed=seed, step=step)
-    return Plan("dens", task.passes(structures, corruption, seed=seed, step=step)), corruption
-
-
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -41,20 +23,20 @@ def dens_plan(batch, seed=0, step=1, block=DENS):
         ("escn", {"lmax_list": [2, 1], "mmax_list": [2, 1]}),
     ],
 )
-def test_without_a_plan_the_model_is_the_hosts_bit_for_bit(name, options, training, rows):
+def test_without_a_plan_the_model_is_the_hosts_bit_for_bit_with_these_options_too(name, options, rows):
     plain, ours = plain_and_denoising(name, {**DENS, "noisy_nodes": {"prob": 0}}, **options)
-    plain.train(training), ours.train(training)
     batch = collate(rows[:3])
-    expected, expected_gradients = run(plain, batch)
-    out, gradients = run(ours, batch)
-    assert set(out) == set(expected)
-    for key in expected:
-        assert torch.equal(out[key], expected[key])
-    for key, gradient in expected_gradients.items():
-        if gradient is None:  # frozen by the host
-            assert gradients[key] is None
-        else:
-            assert torch.equal(gradients[key], gradient), key
+    for training in (True, False):
+        expected, expected_gradients = gradients(plain.train(training), batch)
+        out, found = gradients(ours.train(training), batch)
+        assert set(out) == set(expected)
+        for key in expected:
+            assert torch.equal(out[key], expected[key])
+        for key, gradient in expected_gradients.items():
+            if gradient is None:  # frozen by the host
+                assert found[key] is None
+            else:
+                assert torch.equal(found[key], gradient), key
 
 
 def test_constructing_the_model_leaves_the_random_state_as_the_host_would():
@@ -93,7 +75,7 @@ def test_dens_pass_is_that_of_the_hosts_own_dens_model(rows, options):
     theirs.load_state_dict(state)
 
     batch = collate(rows[:3])
-    plan, corruption = dens_plan(batch)
+    plan, corruption = plan_of(batch, DENS, step=1)
     assert corruption.mask.any()
     assert not corruption.mask.all()
     corrupted = copy.deepcopy(batch)
@@ -106,27 +88,3 @@ def test_dens_pass_is_that_of_the_hosts_own_dens_model(rows, options):
     hybrid = torch.where(corruption.mask[:, None], out[NOISE], out["forces"])
     torch.testing.assert_close(out["energy"], expected["energy"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(hybrid, expected["forces"], atol=1e-5, rtol=1e-5)
-
-
-def test_activation_checkpointing_gives_the_same_gradients(rows):
-    _, model = plain_and_denoising("equiformer_v2", DENS)
-    _, saving = plain_and_denoising("equiformer_v2", DENS, activation_checkpoint=True)
-    saving.load_state_dict(model.state_dict())
-    model.train(), saving.train()
-    batch = collate(rows[:2])
-    plan, _ = dens_plan(batch)
-    _, expected = run(model, batch, plan)
-    _, gradients = run(saving, batch, plan)
-    for key, gradient in expected.items():
-        assert (gradient is None and gradients[key] is None) or torch.equal(gradients[key], gradient), key
-
-
-def test_a_pass_takes_its_hooks_away_with_it_even_when_it_fails(rows):
-    _, model = plain_and_denoising("equiformer_v2", DENS)
-    batch = collate(rows[:1])
-    plan, _ = dens_plan(batch)
-    broken = copy.deepcopy(batch)
-    broken.atomic_numbers = broken.atomic_numbers + 1000
-    with pytest.raises((AssertionError, IndexError)):
-        model(broken, plan)
-    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())

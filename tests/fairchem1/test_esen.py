@@ -16,9 +16,17 @@ from fairchem_scd.denoising.plan import NOISE, Pass, Plan
 from fairchem_scd.fairchem1 import checkpoint
 from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
 from fairchem_scd.fairchem1.legacy import to_hydra
-from fairchem_scd.testing import gradients, plan_of, run, self_supervised, stirred, training_config
-from tests.runs.test_resume import assert_same, folder_of, state_of, stopped_at
-from tests.support import ESEN, ESEN_GRADIENT_HEAD, ESEN_HEADS, ESEN_SMOOTH, collate, make_trainer
+from fairchem_scd.testing import (
+    collate,
+    make_trainer,
+    plan_of,
+    run,
+    self_supervised,
+    stirred,
+    training_config,
+)
+from tests.support.models import ESEN, ESEN_GRADIENT_HEAD, ESEN_HEADS, ESEN_SMOOTH
+from tests.support.runs import assert_same, folder_of, state_of, stopped_at
 
 DENS, SCD = {"dens": {"prob": 1.0}}, {"scd": {}}
 KINDS = {"direct": (ESEN, ESEN_HEADS), "conservative": (ESEN_SMOOTH, ESEN_GRADIENT_HEAD)}
@@ -107,20 +115,6 @@ def test_the_hosts_dens_config_becomes_the_plain_model_with_its_settings(kind):
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [DENS, SCD], ids=["dens", "scd"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_activation_checkpointing_gives_the_same_gradients(kind, block, rows):
-    model, saving = model_of(kind, block), model_of(kind, block, activation_checkpointing=True)
-    batch = collate(rows[:2])
-    plan, _ = plan_of(batch, block, step=1)
-    (expected, expected_gradients), (out, found) = (gradients(one, batch, plan) for one in (model, saving))
-    assert all(torch.equal(out[key], value) for key, value in expected.items())
-    for key, gradient in expected_gradients.items():
-        assert torch.equal(found[key], gradient), key
-    assert "blocks" not in vars(saving.backbone)
-    assert not any(module._forward_hooks for module in saving.modules())
-
-
 @pytest.mark.parametrize("options", [{}, {"regress_stress": True}, {"act_type": "s2", "mlp_type": "grid"}])
 def test_a_loss_on_gradient_forces_beside_scd_has_the_right_gradient(options, rows):
     """Second derivatives of the energy, by central differences along a random direction of all weights."""
@@ -195,8 +189,8 @@ def config_of(data, kind="conservative", denoising=SCD, **optim):
     return config
 
 
-@pytest.mark.parametrize("block", [{"dens": {"prob": 0.5}}, SCD], ids=["dens", "scd"])
-def test_stopping_and_resuming_is_never_having_stopped(block, data, tmp_path):
+def test_stopping_and_resuming_is_never_having_stopped(data, tmp_path):
+    block = {"dens": {"prob": 0.5}, "scd": {}}
     whole = make_trainer(config_of(data, denoising=block), tmp_path / "whole")
     whole.train(disable_eval_tqdm=True)
     assert 0 < whole.best_val_metric < 1e9

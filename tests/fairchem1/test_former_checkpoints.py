@@ -19,7 +19,7 @@ from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 from fairchem_scd.commands import main
 from fairchem_scd.commands.embed.embeddings import embed
 from fairchem_scd.fairchem1 import checkpoint
-from tests.support import make_trainer, slabs
+from fairchem_scd.testing import make_trainer, slabs
 
 FILES = Path(__file__).parent.parent / "data" / "a946897"
 RUNS = ["dens_and_scd", "mask_token", "pretraining"]

@@ -10,12 +10,12 @@ import torch
 from ase.build import molecule
 from fairchem.core.preprocessing import AtomsToGraphs
 
-from fairchem_scd.denoising import adapter as base
 from fairchem_scd.errors import ConfigError
+from fairchem_scd.fairchem1.backbones import base
 from fairchem_scd.testing import collate, plan_of, run, stirred
-from tests.fairchem1.test_backbones import TestPaiNN as PaiNN
+from tests.support.claims import PAINN, PaiNN
 
-CUTOFF = PaiNN.backbone["cutoff"]
+CUTOFF = PAINN["cutoff"]
 SCD = {"scd": {}}
 NAMES = ("CH3CH2OH", "C6H6")
 
@@ -72,7 +72,7 @@ def test_torch_cluster_makes_the_same_graph(model):
 
 def test_without_torch_cluster_a_run_that_needs_it_is_refused():
     class Open(PaiNN):
-        backbone = {**PaiNN.backbone, "use_pbc": False}
+        backbone = {**PAINN, "use_pbc": False}
 
     with mock.patch.object(base, "find_spec", return_value=None):
         with pytest.raises(ConfigError, match=r"use_pbc.*torch_cluster.*large cell"):

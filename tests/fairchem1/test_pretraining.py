@@ -19,31 +19,10 @@ from fairchem_scd.denoising.plan import NOISE, VALIDATION, Plan
 from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.errors import ConfigError, DataError
 from fairchem_scd.fairchem1.checkpoint import read, to_plain
-from tests.support import HEADS, collate, make_trainer, slabs, tiny_config
-
-
-def pretraining(folder, name="equiformer_v2", denoising=None, **changes):
-    """A config that trains no outputs."""
-    config = tiny_config(folder, name, {"scd": {}} if denoising is None else denoising, **changes)
-    config.update(outputs={}, loss_functions=[], evaluation_metrics={})
-    config["model"].pop("heads")
-    return config
-
-
-def batch_of(trainer):
-    return next(iter(trainer.train_loader))
-
-
-def step_of(trainer, batch, step=1):
-    """Forward and loss of one step, as the host's loop makes them."""
-    trainer.model.train()
-    trainer.step = step
-    out = trainer._forward(batch)
-    return out, trainer._compute_loss(out, batch)
-
-
-def checkpoint_of(trainer, kind="checkpoint"):
-    return f"{trainer.config['cmd']['checkpoint_dir']}/{kind}.pt"
+from fairchem_scd.testing import collate, make_trainer, slabs
+from tests.support.configs import pretraining, tiny_config
+from tests.support.models import HEADS
+from tests.support.runs import batch_of, folder_of, step_of
 
 
 def is2re_lmdb(folder, count=4):
@@ -159,9 +138,9 @@ def test_pre_training_needs_no_labels_and_moves_no_element_embedding(name, data,
     still = [key for key in moved if torch.equal(after[key], before[key])]
     assert len(still) < 0.05 * len(moved), still
     assert trainer.primary_metric is None or "denoising" in trainer.primary_metric
-    best = read(checkpoint_of(trainer, "best_checkpoint"))
+    best = read(folder_of(trainer) / "best_checkpoint.pt")
     assert best["val_metrics"]["denoising_pos_mae"]["metric"] == trainer.best_val_metric < 0.04
-    assert read(checkpoint_of(trainer))["primary_metric"] == "denoising_pos_mae"
+    assert read(f"{folder_of(trainer)}/checkpoint.pt")["primary_metric"] == "denoising_pos_mae"
 
 
 def test_labels_that_are_there_are_ignored(data, tmp_path):
@@ -243,25 +222,6 @@ def test_no_weight_decay_on_biases_norms_alphas_tokens_and_embeddings(data, tmp_
     assert not trainer.model.denoising["scd"]["condition_head"].mask_token.requires_grad
 
 
-def test_a_running_scale_is_saved_and_goes_on_where_it_stopped(data, tmp_path):
-    block = {"scd": {"num_steps": 3, "std_low": 0.01, "std_high": 0.1}}
-    config = pretraining(data, denoising=block, optim={"max_epochs": 2})
-    config["dataset"]["val"] = {}
-    whole = make_trainer(config, tmp_path, identifier="whole")
-    whole.train(disable_eval_tqdm=True)
-    first = make_trainer(pretraining(data, denoising=block) | {"dataset": config["dataset"]}, tmp_path, identifier="a")
-    first.train(disable_eval_tqdm=True)
-    second = make_trainer(config, tmp_path, identifier="b")
-    second.load_checkpoint(checkpoint_of(first))
-    scale = second.model.denoising["scd"]["scale"]
-    assert torch.equal(scale.mean_square, first.model.denoising["scd"]["scale"].mean_square)
-    second.train(disable_eval_tqdm=True)
-    expected = whole.model.denoising["scd"]["scale"]
-    assert int(scale.count) == int(expected.count) > 0
-    assert torch.equal(scale.mean_square, expected.mean_square)
-    assert 0.01 < float(scale.scale) < 0.1
-
-
 def test_noisy_nodes_alone_are_plain_denoising_pre_training(data, tmp_path):
     trainer = make_trainer(pretraining(data, denoising={"noisy_nodes": {"std": 0.04}}), tmp_path)
     _, loss = step_of(trainer, batch_of(trainer))
@@ -329,7 +289,7 @@ def pretrained(data, tmp_path_factory):
     """A checkpoint of two steps of pre-training."""
     trainer = make_trainer(pretraining(data), tmp_path_factory.mktemp("pretrained"))
     trainer.train(disable_eval_tqdm=True)
-    return checkpoint_of(trainer, "best_checkpoint")
+    return folder_of(trainer) / "best_checkpoint.pt"
 
 
 def finetuning(data, start, denoising, **changes):
@@ -384,7 +344,7 @@ def test_a_checkpoint_of_pre_training_is_no_checkpoint_of_training_and_says_what
     trainer.save()
     other = make_trainer(pretraining(data), tmp_path, identifier="other")
     with pytest.raises(ConfigError, match=r"--checkpoint: it is of a run with outputs.*finetune_config"):
-        other.load_checkpoint(checkpoint_of(trainer))
+        other.load_checkpoint(f"{folder_of(trainer)}/checkpoint.pt")
     with pytest.raises(ConfigError, match=r"no heads and predicts nothing.*finetune_config"):
         to_plain(read(pretrained))
     config = pretraining(data)
@@ -392,14 +352,14 @@ def test_a_checkpoint_of_pre_training_is_no_checkpoint_of_training_and_says_what
     kept = make_trainer(config, tmp_path, identifier="kept")
     kept.save()
     with pytest.raises(ConfigError, match=r"--checkpoint: it is of a run without outputs.*finetune_config"):
-        trainer.load_checkpoint(checkpoint_of(kept))
+        trainer.load_checkpoint(f"{folder_of(kept)}/checkpoint.pt")
 
 
 def test_a_mask_token_goes_along_or_is_an_error(data, tmp_path):
     block = {"scd": {"null_condition": "mask_token"}}
     masked = make_trainer(pretraining(data, denoising=block), tmp_path)
     masked.train(disable_eval_tqdm=True)
-    start = checkpoint_of(masked)
+    start = f"{folder_of(masked)}/checkpoint.pt"
     for other in ({"noisy_nodes": {}}, {"scd": {}}):
         with pytest.raises(ConfigError, match=r"starting_checkpoint: its backbone was trained under a mask token"):
             make_trainer(finetuning(data, start, other), tmp_path, identifier="other")
@@ -412,7 +372,7 @@ def test_a_mask_token_goes_along_or_is_an_error(data, tmp_path):
     for trainer, path in ((identity, start), (masked, None)):
         if path is None:
             identity.save()
-            path = checkpoint_of(identity)
+            path = f"{folder_of(identity)}/checkpoint.pt"
         with pytest.raises(ConfigError, match="mask_token"):
             trainer.load_checkpoint(path)
 
@@ -431,27 +391,6 @@ def test_fine_tuning_with_a_backbone_of_its_own_is_warned_of_and_without_heads_r
     config["model"].pop("heads")
     with pytest.raises(ConfigError, match=r"model\.heads: none, but outputs names some"):
         make_trainer(config, tmp_path)
-
-
-def test_a_checkpoint_of_training_beside_scd_is_the_plain_hosts_after_removal(data, tmp_path):
-    trainer = make_trainer(tiny_config(data, denoising={"scd": {}}), tmp_path)
-    trainer.train(disable_eval_tqdm=True)
-    torch.save(to_plain(read(checkpoint_of(trainer))), tmp_path / "plain.pt")
-    config = tiny_config(data)
-    config.update(trainer="equiformerv2_forces", task={})
-    plain = make_trainer(config, tmp_path, identifier="plain")
-    plain.load_checkpoint(str(tmp_path / "plain.pt"))
-    batch = batch_of(plain)
-    results = []
-    for each in (trainer, plain):
-        torch.manual_seed(0)
-        results.append(each.model.eval()(copy.deepcopy(batch)))
-    assert all(torch.equal(results[0][key], results[1][key]) for key in ("energy", "forces"))
-    config = tiny_config(data, denoising={"scd": {"null_condition": "mask_token"}})
-    masked = make_trainer(config, tmp_path, identifier="masked")
-    masked.save()
-    with pytest.raises(ConfigError, match="mask_token"):
-        to_plain(read(checkpoint_of(masked)))
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

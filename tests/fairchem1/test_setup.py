@@ -11,8 +11,8 @@ from fairchem_scd import ConfigError
 from fairchem_scd.fairchem1.checkpoint import read as read_checkpoint
 from fairchem_scd.fairchem1.config import read
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
-from fairchem_scd.testing import self_supervised
-from tests.support import make_trainer, tiny_config
+from fairchem_scd.testing import make_trainer, self_supervised
+from tests.support.configs import tiny_config
 
 BLOCK = {"scd": {"prob": 0.75}, "noisy_nodes": {}}
 

@@ -15,19 +15,10 @@ from fairchem_scd.denoising.plan import NOISE, Plan
 from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.denoising.tasks import TaskDraw
 from fairchem_scd.fairchem1.data.guarded import Guarded
-from tests.support import collate, edge_frames_without_chance, hydra_arguments, make_trainer, slabs, tiny_config
-
-
-def batch_of(trainer):
-    return next(iter(trainer.train_loader))
-
-
-def step_of(trainer, batch, step=1):
-    """Forward and loss of one step, as the host's loop makes them."""
-    trainer.model.train()
-    trainer.step = step
-    out = trainer._forward(batch)
-    return out, trainer._compute_loss(out, batch)
+from fairchem_scd.testing import collate, make_trainer, slabs
+from tests.support.configs import tiny_config
+from tests.support.models import edge_frames_without_chance, hydra_arguments
+from tests.support.runs import batch_of, folder_of, step_of
 
 
 def formula(trainer, out, batch, *, lambda_e=2.0, lambda_f=100.0, lambda_dens=10.0, sigma=0.1, all_atoms=False):
@@ -238,7 +229,7 @@ def test_a_run_without_tasks_resumes_and_ends_in_a_checkpoint(data, tmp_path):
     config = tiny_config(data, denoising={}, optim={"eval_every": 1000})
     trainer = make_trainer(config, tmp_path, is_debug=False)
     trainer.train(disable_eval_tqdm=True)
-    path = f"{trainer.config['cmd']['checkpoint_dir']}/checkpoint.pt"
+    path = str(folder_of(trainer) / "checkpoint.pt")
     again = make_trainer(config, tmp_path, identifier="again")
     again.load_checkpoint(path)
     assert again.step == trainer.step == 2

@@ -2,45 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import yaml
-from fairchem.core._cli import main
-from fairchem.core.common import distutils
-from fairchem.core.common.flags import flags
-from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone
-from fairchem.core.models.escn.escn import eSCN
 
 from fairchem_scd.fairchem1 import checkpoint
 from fairchem_scd.fairchem1.data.emt_slabs import EmtSlabsDataset
-from tests.support import collate, fixed_edge_frames, tiny_config
+from fairchem_scd.testing import collate
+from tests.support.command_line import fairchem_on
+from tests.support.configs import tiny_config
+from tests.support.models import edge_frames_without_chance
 
 RUNS = {"dens": ("equiformer_v2", {"dens": {}}), "scd": ("escn", {"scd": {"prob": 1.0}})}
 
 
-def fairchem(mode, config, folder, *arguments):
-    """The host's command line, in this process."""
-    folder.mkdir()
-    (folder / "config.yml").write_text(yaml.safe_dump(config))
-    command = ["--mode", mode, "--config-yml", str(folder / "config.yml"), "--run-dir", str(folder), "--cpu"]
-    with mock.patch.dict(os.environ):  # the host sets variables for its processes
-        try:
-            main(*flags.get_parser().parse_known_args([*command, *arguments]))
-        finally:
-            distutils.cleanup()
-
-
 @pytest.fixture(scope="module", params=RUNS)
-def run(request, data, tmp_path_factory):
+def finished(request, data, tmp_path_factory):
     """A finished run: its config, with data for every mode, and its checkpoint."""
     folder = tmp_path_factory.mktemp("use") / "train"
     config = tiny_config(data, *RUNS[request.param])
-    fairchem("train", config, folder)
+    fairchem_on(config, folder, "--mode", "train")
     config["dataset"]["test"] = dict(config["dataset"]["val"])
     config["dataset"]["relax"] = dict(config["dataset"]["val"])
     config["task"].update(
@@ -50,9 +33,9 @@ def run(request, data, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _edge_frames_without_chance(monkeypatch):
-    monkeypatch.setattr(EquiformerV2Backbone, "_init_edge_rot_mat", fixed_edge_frames)
-    monkeypatch.setattr(eSCN, "_init_edge_rot_mat", fixed_edge_frames)
+def _edge_frames_without_chance():
+    with edge_frames_without_chance():
+        yield
 
 
 def averaged_model(path: Path):
@@ -62,9 +45,9 @@ def averaged_model(path: Path):
     return model
 
 
-def test_predictions_are_those_of_the_averaged_model(run, tmp_path):
-    config, path = run
-    fairchem("predict", config, tmp_path / "predict", "--checkpoint", str(path))
+def test_predictions_are_those_of_the_averaged_model(finished, tmp_path):
+    config, path = finished
+    fairchem_on(config, tmp_path / "predict", "--mode", "predict", "--checkpoint", path)
     with np.load(next(tmp_path.glob("predict/results/*/ocp_predictions.npz"))) as file:
         predicted = dict(zip(file["ids"].tolist(), file["energy"], strict=True))
     model = averaged_model(path)
@@ -76,17 +59,17 @@ def test_predictions_are_those_of_the_averaged_model(run, tmp_path):
         assert float(predicted[f"{row.sid}_{row.fid}"]) == pytest.approx(energy, rel=1e-5)
 
 
-def test_validation_never_corrupts(run, tmp_path, caplog):
-    config, path = run
+def test_validation_never_corrupts(finished, tmp_path, caplog):
+    config, path = finished
     with caplog.at_level("INFO"):
-        fairchem("validate", config, tmp_path / "validate", "--checkpoint", str(path))
+        fairchem_on(config, tmp_path / "validate", "--mode", "validate", "--checkpoint", path)
     assert "energy_mae" in caplog.text
     assert "denoising_" not in caplog.text.split("Evaluating on val")[-1].split("Total time")[0]
 
 
-def test_relaxations_run(run, tmp_path):
-    config, path = run
-    fairchem("run-relaxations", config, tmp_path / "relax", "--checkpoint", str(path))
+def test_relaxations_run(finished, tmp_path):
+    config, path = finished
+    fairchem_on(config, tmp_path / "relax", "--mode", "run-relaxations", "--checkpoint", path)
     with np.load(next(tmp_path.glob("relax/results/*/relaxed_positions.npz"))) as file:
         # The host keeps one of each sid.
         systems = EmtSlabsDataset({**config["dataset"]["train"], **config["dataset"]["relax"]})
@@ -94,9 +77,9 @@ def test_relaxations_run(run, tmp_path):
         assert np.isfinite(file["pos"]).all()
 
 
-def test_training_goes_on(run, tmp_path):
-    config, path = run
+def test_training_goes_on(finished, tmp_path):
+    config, path = finished
     config = {**config, "optim": {**config["optim"], "max_epochs": 2}}
-    fairchem("train", config, tmp_path / "resume", "--checkpoint", str(path))
+    fairchem_on(config, tmp_path / "resume", "--mode", "train", "--checkpoint", path)
     assert checkpoint.read(next(tmp_path.glob("resume/checkpoints/*/checkpoint.pt")))["step"] == 4
     assert torch.load(path, weights_only=False)["step"] == 2

@@ -17,10 +17,10 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from fairchem_scd.errors import DataError
 from fairchem_scd.fairchem1 import checkpoint
-from fairchem_scd.testing import on_ranks
-from tests.fairchem1.test_pretraining import pretraining
-from tests.runs.test_resume import stopped_at
-from tests.support import edge_frames_without_chance, make_trainer, tiny_config
+from fairchem_scd.testing import make_trainer, on_ranks
+from tests.support.configs import pretraining, tiny_config
+from tests.support.models import edge_frames_without_chance
+from tests.support.runs import folder_of, stopped_at, weights_of
 
 CASES = {
     "dens": {"dens": {"prob": 0.5}},
@@ -29,6 +29,7 @@ CASES = {
     "noisy nodes": {"noisy_nodes": {"coefficient": 5}},
     "both": {"dens": {"prob": 0.5}, "scd": {"condition": ["self", "forces"]}},
 }
+FOUR = ("pre-training", "both")  # on four ranks; between them they use all that ranks exchange
 BAD = 5
 
 
@@ -70,21 +71,17 @@ def train(ranks: int, folder: Path, data: Path, cases: dict[str, str | None], pa
                 trainer.train_loader.dataset.dataset = Spoilt(trainer.train_loader.dataset.dataset)
             if path is not None:
                 trainer.load_checkpoint(str(path))
-            start, error = state_of(trainer), None
+            start, error = weights_of(trainer), None
             try:
                 trainer.train(disable_eval_tqdm=True)
             except DataError as raised:
                 error = str(raised)
-        ended = {"start": start, "state": state_of(trainer), "error": error}
+        ended = {"start": start, "state": weights_of(trainer), "error": error}
         results[case] = {**ended, "step": trainer.step, "bad": trainer.data_faults.left_out}
     return results
 
 
-def state_of(trainer: Any) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in trainer._unwrapped_model.state_dict().items()}
-
-
-def run(ranks: int, folder: Path, *arguments: Any) -> list[dict[str, Any]]:
+def on_each_rank(ranks: int, folder: Path, *arguments: Any) -> list[dict[str, Any]]:
     """What `train` returns on each rank, forked from here."""
     logging.disable(logging.WARNING)
     try:
@@ -101,7 +98,7 @@ def alone(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(alone, data, tmp_path_factory):
-    return run(2, tmp_path_factory.mktemp("two") / "run", data, dict.fromkeys(CASES))
+    return on_each_rank(2, tmp_path_factory.mktemp("two") / "run", data, dict.fromkeys(CASES))
 
 
 def assert_same_end(results, alone, case):
@@ -126,8 +123,8 @@ def test_two_ranks_end_where_one_process_does(case, two, alone):
 
 
 def test_four_ranks_end_where_one_process_does(alone, data, tmp_path):
-    results = run(4, tmp_path / "run", data, dict.fromkeys(CASES))
-    for case in CASES:
+    results = on_each_rank(4, tmp_path / "run", data, dict.fromkeys(FOUR))
+    for case in FOUR:
         assert_same_end(results, alone, case)
 
 
@@ -138,9 +135,9 @@ def test_a_run_goes_on_on_more_ranks(alone, data, tmp_path):
         config["optim"]["checkpoint_every"] = 1
         trainer = make_trainer(config, tmp_path / "start")
         stopped_at(trainer, 3)
-    path = Path(trainer.config["cmd"]["checkpoint_dir"]) / "checkpoint.pt"
+    path = folder_of(trainer) / "checkpoint.pt"
     assert checkpoint.read(path)["step"] == 2
-    results = run(2, tmp_path / "run", data, {"scd": None}, path)
+    results = on_each_rank(2, tmp_path / "run", data, {"scd": None}, path)
     assert_same_end(results, alone, "scd")
 
 
@@ -164,7 +161,7 @@ def test_the_hosts_command_does_the_same_on_its_ranks(two, data, tmp_path, monke
 
 
 def test_a_bad_row_on_one_rank_stops_all_of_them_before_the_weights_are_touched(alone, data, tmp_path):
-    results = run(2, tmp_path / "run", data, {"scd": "stop"})
+    results = on_each_rank(2, tmp_path / "run", data, {"scd": "stop"})
     for result in results:
         assert "EOFError: ran out of input" in result["scd"]["error"]
         assert "dataset.train, row " in result["scd"]["error"]
@@ -175,7 +172,7 @@ def test_a_bad_row_on_one_rank_stops_all_of_them_before_the_weights_are_touched(
 
 
 def test_a_bad_row_on_one_rank_is_left_out_and_counted(data, tmp_path):
-    results = run(2, tmp_path / "run", data, {"scd": "skip", "dens": "skip"})
+    results = on_each_rank(2, tmp_path / "run", data, {"scd": "skip", "dens": "skip"})
     for case in ("scd", "dens"):
         assert [result[case]["error"] for result in results] == [None, None]
         assert sum(result[case]["bad"] for result in results) == 2  # epochs

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fairchem_scd.fairchem1 import checkpoint
-from tests.fairchem1.test_pretraining import pretraining
-from tests.support import make_trainer, tiny_config
+from fairchem_scd.testing import make_trainer
+from tests.support.configs import pretraining, tiny_config
+from tests.support.runs import StoppedError, assert_same, folder_of, state_of, stopped_at
 
 # Dropout and drop path, and the host's random edge frames.
 DROPOUT = {
@@ -23,10 +23,11 @@ DROPOUT = {
     "num_layers": 1,
     "num_distance_basis": 16,
 }
+SCHEDULE = {"num_steps": 3, "std_low": 0.01, "std_high": 0.1}
 RUNS = {
     "dens": lambda data: tiny_config(data, denoising={"dens": {"prob": 0.5}}),
     "scd": lambda data: tiny_config(data, denoising={"scd": {"prob": 1.0, "noise_scale": "running"}}),
-    "pre-training": lambda data: pretraining(data, denoising={"scd": {"noise_scale": "running"}}),
+    "pre-training": lambda data: pretraining(data, denoising={"scd": SCHEDULE}),
     "noisy nodes": lambda data: tiny_config(data, denoising={"noisy_nodes": {}, "drop_path": {"steps": 5}}),
 }
 
@@ -37,51 +38,6 @@ def config_of(data, name="scd", **optim):
     config["model"]["backbone"].update(DROPOUT)
     config["optim"].update(batch_size=2, max_epochs=2, checkpoint_every=1, eval_every=3, **optim)
     return config
-
-
-def state_of(trainer):
-    """All that goes into the next step: weights, buffers, average, optimiser, learning rate; the best metric."""
-    names = {id(p): name for name, p in trainer.model.named_parameters()}
-    return {
-        "model": dict(trainer.model.state_dict()),
-        "average": dict(enumerate(trainer.ema.shadow_params)) if trainer.ema else {},
-        "optimizer": {
-            f"{names[id(p)]}.{key}": torch.as_tensor(value)
-            for p, values in trainer.optimizer.state.items()
-            for key, value in values.items()
-        },
-        "rate": {str(i): torch.tensor(g["lr"]) for i, g in enumerate(trainer.optimizer.param_groups)},
-        "best": {"metric": torch.tensor(trainer.best_val_metric, dtype=torch.float64)},
-    }
-
-
-def assert_same(state, expected):
-    for part, values in expected.items():
-        assert state[part].keys() == values.keys()
-        for key, value in values.items():
-            assert torch.equal(state[part][key], value), f"{part}: {key}"
-
-
-def folder_of(trainer) -> Path:
-    return Path(trainer.config["cmd"]["checkpoint_dir"])
-
-
-class StoppedError(Exception):
-    pass
-
-
-def stopped_at(trainer, step):
-    """Let a trainer run until it has drawn a step's batch."""
-    forward = trainer._forward
-
-    def interrupted(batch):
-        if trainer.step == step and trainer.model.training:
-            raise StoppedError
-        return forward(batch)
-
-    trainer._forward = interrupted
-    with pytest.raises(StoppedError):
-        trainer.train(disable_eval_tqdm=True)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +74,8 @@ def test_stopping_and_resuming_is_never_having_stopped(name, whole, data, tmp_pa
     trainer.train(disable_eval_tqdm=True)
     assert trainer.step == 8
     assert_same(state_of(trainer), whole(name))
+    if name == "pre-training":  # the scale of whose noise is the running one, since it has a schedule
+        assert 0.01 < float(trainer.model.denoising["scd"]["scale"].scale) < 0.1
 
 
 PLACES = {

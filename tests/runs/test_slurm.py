@@ -21,8 +21,8 @@ import torch
 import yaml
 from submitit.slurm.slurm import _make_sbatch_string
 
-from fairchem_scd.testing import on_ranks
-from tests.support import host_config, make_trainer, tiny_config
+from fairchem_scd.testing import make_trainer, on_ranks
+from tests.support.configs import host_config, tiny_config
 
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "slurm"

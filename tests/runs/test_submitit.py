@@ -5,29 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import torch
 import yaml
 from fairchem.core._cli import Runner
-from fairchem.core.common.utils import build_config
 from submitit import LocalExecutor
 
 from benchmarks.soak import RUN, config, train
 from fairchem_scd.fairchem1 import checkpoint
-
-
-def options(path, folder):
-    """The config as `fairchem --submit` makes it; without SLURM's own variables the host sets up one local rank."""
-    return build_config(
-        Namespace(
-            config_yml=path, mode="train", identifier="", timestamp_id=RUN, seed=0, debug=False, run_dir=str(folder),
-            print_every=10, amp=False, checkpoint=None, cpu=True, submit=False, summit=False, num_nodes=1, num_gpus=1,
-            gp_gpus=None,
-        ),
-        [],
-    )  # fmt: skip
+from tests.support.configs import host_config
 
 
 def test_a_preempted_job_is_resubmitted_and_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
@@ -35,9 +22,11 @@ def test_a_preempted_job_is_resubmitted_and_ends_as_if_it_had_not_been(tmp_path,
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     tiny = config(tmp_path, epochs=12, task={"scd": {"noise_scale": "running", "prob": 0.5}}, every=4)
     (tmp_path / "config.yml").write_text(yaml.safe_dump(tiny))
+    # As `fairchem --submit` makes it; without SLURM's own variables the host sets up one local rank.
+    options = host_config(tmp_path / "config.yml", timestamp_id=RUN, run_dir=str(tmp_path))
     executor = LocalExecutor(tmp_path / "jobs")
     executor.update_parameters(timeout_min=10)
-    job = executor.submit(Runner(), options(tmp_path / "config.yml", tmp_path))
+    job = executor.submit(Runner(), options)
     path = tmp_path / "checkpoints" / RUN / "checkpoint.pt"
     deadline = time.monotonic() + 240
     try:

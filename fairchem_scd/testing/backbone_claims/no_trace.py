@@ -69,17 +69,18 @@ class NoTraceClaims(BackboneModels):
 
     def test_a_pass_takes_all_it_brought_with_it(self) -> None:
         """Hooks, attributes and switches are as before: after a pass, and after one that ended in an error."""
-        model, batch = self.ours(SCD), self.batch(1)
-        plan, _ = plan_of(batch, SCD)
-        run(model, batch)  # hosts store things in the backbone, too
-        modules, attributes = [name for name, _ in model.named_modules()], set(vars(model.backbone))
-        switches = {k: v for k, v in vars(model.backbone).items() if isinstance(v, bool)}
-        broken = copy.deepcopy(batch)
-        broken.atomic_numbers = broken.atomic_numbers + 1000
-        with pytest.raises((AssertionError, IndexError, RuntimeError)):
-            model(broken, plan)
-        run(model, batch, plan)[NOISE].sum().backward()
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-        assert [name for name, _ in model.named_modules()] == modules
-        assert set(vars(model.backbone)) == attributes
-        assert {k: v for k, v in vars(model.backbone).items() if isinstance(v, bool)} == switches
+        for block in (SCD, *[{"dens": {"prob": 1.0}}] * self.conditions_on_forces()):
+            model, batch = self.ours(block), self.batch(1)
+            plan, _ = plan_of(batch, block)
+            run(model, batch)  # hosts store things in the backbone, too
+            modules, attributes = [name for name, _ in model.named_modules()], set(vars(model.backbone))
+            switches = {k: v for k, v in vars(model.backbone).items() if isinstance(v, bool)}
+            broken = copy.deepcopy(batch)
+            broken.atomic_numbers = broken.atomic_numbers + 1000
+            with pytest.raises((AssertionError, IndexError, RuntimeError)):
+                model(broken, plan)
+            run(model, batch, plan)[NOISE].sum().backward()
+            assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+            assert [name for name, _ in model.named_modules()] == modules
+            assert set(vars(model.backbone)) == attributes
+            assert {k: v for k, v in vars(model.backbone).items() if isinstance(v, bool)} == switches

@@ -1,12 +1,10 @@
-"""Small models, batches and configs that the tests share."""
+"""The smallest models of fairchem 1.x that are still theirs, and edge frames that are not random."""
 
 from __future__ import annotations
 
 import copy
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,14 +16,10 @@ from fairchem.core.models.equiformer_v2.equiformer_v2_deprecated import Equiform
 from fairchem.core.models.escn.escn import eSCN
 from fairchem.core.models.esen import esen, esen_dens
 
+import tests.support.once  # noqa: F401  (makes models quick to build)
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
-from fairchem_scd.testing import collate, make_trainer, slabs, training_config
-
-__all__ = ["collate", "make_trainer", "slabs"]
 
 setup_imports()  # the host's whole registry, as at the start of any mode
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 EQUIFORMER_V2 = {
     "model": "equiformer_v2_backbone",
@@ -117,34 +111,6 @@ def plain_and_denoising(name: str, block: dict[str, Any], **backbone: Any) -> tu
     for key, value in plain.state_dict().items():
         assert torch.equal(state[key], value), f"{key}: construction changed the host's initial weights"
     return plain, denoising
-
-
-def tiny_config(folder: Path, name: str = "equiformer_v2", denoising: Any = None, **changes: Any) -> dict[str, Any]:
-    """A whole training config on sample data: EquiformerV2's trainer, two steps an epoch, one epoch.
-
-    Args:
-        folder: where sample data is kept.
-        name: a backbone of `BACKBONES`.
-        denoising: the `task.denoising` block; default DeNS on every step.
-        changes: blocks to update, such as optim={"max_epochs": 2}.
-    """
-    denoising = {"dens": {"prob": 1.0}} if denoising is None else denoising
-    config = training_config(folder, hydra_arguments(name), denoising)
-    for block, update in changes.items():
-        config[block] = {**config[block], **update} if isinstance(update, dict) else update
-    return config
-
-
-def host_config(path: Path, *overrides: str) -> dict[str, Any]:
-    """A config file as the host's own build_config reads it."""
-    from fairchem.core.common.utils import build_config
-
-    arguments = Namespace(
-        config_yml=path, mode="train", identifier="", timestamp_id=None, seed=0, debug=False, run_dir="./",
-        print_every=10, amp=False, checkpoint=None, cpu=True, submit=False, summit=False, num_nodes=1, num_gpus=1,
-        gp_gpus=None,
-    )  # fmt: skip
-    return build_config(arguments, list(overrides))
 
 
 def fixed_edge_frames(backbone: Any, data: Any, edge_index: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
