@@ -23,7 +23,7 @@ from fairchem_scd.denoising.tasks import DenoisingTask, TaskDraw
 from fairchem_scd.fairchem1.backbones import adapter_for
 from fairchem_scd.fairchem1.data import rows as data_rows
 from fairchem_scd.fairchem1.hydra import view_of, with_plan
-from fairchem_scd.fairchem1.trainer import losses
+import fairchem_scd.fairchem1.trainer.losses as losses
 from fairchem_scd.fairchem1.trainer.data_faults import DataFaults
 from fairchem_scd.fairchem1.trainer.losses import LossTerms, loss_functions_replaced
 
