@@ -13,6 +13,7 @@ from fairchem.core.common import distutils
 from fairchem.core.modules.evaluator import mae
 from torch import Tensor
 
+import fairchem_scd.fairchem1.trainer.losses as losses
 from fairchem_scd.denoising.corruption import Corruption
 from fairchem_scd.denoising.loss import Ranks, noise_target
 from fairchem_scd.denoising.parse_settings import Denoising
@@ -23,7 +24,6 @@ from fairchem_scd.denoising.tasks import DenoisingTask, TaskDraw
 from fairchem_scd.fairchem1.backbones import adapter_for
 from fairchem_scd.fairchem1.data import rows as data_rows
 from fairchem_scd.fairchem1.hydra import view_of, with_plan
-import fairchem_scd.fairchem1.trainer.losses as losses
 from fairchem_scd.fairchem1.trainer.data_faults import DataFaults
 from fairchem_scd.fairchem1.trainer.losses import LossTerms, loss_functions_replaced
 
