@@ -143,9 +143,9 @@ def main(arguments: list[str] | None = None) -> list[str]:
     logging.getLogger().setLevel(logging.ERROR)
     both = {"real": real(options.real).host_names(), "stand-ins": stand_ins().host_names()}
     lines = [
-        f"CPU, {torch.get_num_threads()} threads; torch {torch.__version__}; {options.layers} blocks, {options.channels} "
-        f"channels, lmax {options.lmax}, at most {options.neighbors} neighbours; {options.rounds} rounds, "
-        f"{options.clock} time.",
+        f"CPU, {torch.get_num_threads()} threads; torch {torch.__version__}; {options.layers} blocks, "
+        f"{options.channels} channels, lmax {options.lmax}, at most {options.neighbors} neighbours; "
+        f"{options.rounds} rounds, {options.clock} time.",
         "",
         "| backbone | batch | real, ms | real, again | stand-ins | 95% interval | wanted |",
         "|---|---|---|---|---|---|---|",
