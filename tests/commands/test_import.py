@@ -537,7 +537,7 @@ def spoilt(name="equiformer_v2", *, drop=(), add=None, **attributes):
             lambda: spoilt(add={"charge.weight": torch.ones(3)}),
             r"1 not in that model, such as backbone\.charge\.weight",
         ),
-        (lambda: spoilt(use_tp_reparam=True), r"model\.use_tp_reparam: .* knows only False"),
+        (lambda: spoilt(use_tp_reparam=True), r"model\.use_tp_reparam: .* does not have this option; set it to False"),
         (lambda: spoilt(size=3), r"the model in the checkpoint's config cannot be built here \(.*size"),
         (lambda: spoilt("escn", lmax_list=[2, 1], mmax_list=[1, 1]), r"of another shape"),
         (lambda: spoilt(drop=["force_embedding.weight"]), r"of no DeNS model .*'equiformer_v2_dens'.*--checkpoint"),

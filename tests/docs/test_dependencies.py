@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OWN = {"fairchem_scd", "tests", "benchmarks"}
+OWN = {"fairchem_scd", "tests", "benchmarks", "toy"}  # the last is the backbone of docs/adding-a-backbone.md
 # Declared for the host, which needs them and does not declare them or not these versions; pyproject.toml says why.
 FOR_THE_HOST = {"scipy", "torch-sparse"}
 # Tools, which are run and not imported.
