@@ -159,8 +159,8 @@ def _run_pass(
     if run.conditioned is None:
         modulation = _without_condition(model, view)
     else:
-        told, conditioned = _of_subset(embedding, run.subset), _of_subset(run.conditioned, run.subset)
-        modulation = modules.condition.bind(told, conditioned, view.batch)
+        given, conditioned = _of_subset(embedding, run.subset), _of_subset(run.conditioned, run.subset)
+        modulation = modules.condition.bind(given, conditioned, view.batch)
     out: dict[str, Any] = {}
     with (
         model.adapter.in_pass(modulation, heads),

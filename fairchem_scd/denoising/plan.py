@@ -49,7 +49,7 @@ class Pass:
             has all atoms.
         encoding: arguments of the task's `encoding` module. Its result is added to the node embedding before the first
             block; None: nothing is added.
-        conditioned: [B] bool, the structures whose blocks are told an embedding: the one that the latest pass with
+        conditioned: [B] bool, the structures that are conditioned on an embedding: the one that the latest pass with
             `embed` made of them. None: the pass has no condition.
         outputs: run the user's own heads.
         embed: make the embedding of each structure that later passes can be conditioned on.

@@ -1,6 +1,7 @@
 """The settings under `task.denoising`: a frozen class for each block. `parse_settings` reads a config into them.
 
 Every setting has a default, a range and a description; the descriptions are the text of docs/settings.md.
+(Longer than 300 lines, since a setting takes a line or more and all blocks are best compared side by side.)
 """
 
 from __future__ import annotations

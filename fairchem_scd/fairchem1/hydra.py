@@ -36,7 +36,7 @@ class DenoisingHydra(HydraModel):
 
     Args:
         denoising: the `task.denoising` block; which modules are added follows from it.
-        legacy_weight_decay: choose the parameters without weight decay as the backbone's one-piece model did.
+        legacy_weight_decay: choose the parameters without weight decay as the legacy model of the backbone did.
         self_supervised: the run trains no outputs. Checkpoints of before this argument was here do without it.
         host: arguments of HydraModel.
 
@@ -148,7 +148,7 @@ def no_weight_decay_names(model: HydraModel, *, legacy: bool, self_supervised: b
 
     Args:
         model: a hydra, plain or denoising.
-        legacy: choose them by the rule of the backbone's one-piece model.
+        legacy: choose them by the rule of the backbone's legacy model.
         self_supervised: choose them by that rule and by the hydra's. Together they are what SCD's paper says: biases,
             norms and embeddings.
     """

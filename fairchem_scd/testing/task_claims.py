@@ -203,7 +203,7 @@ class TaskClaims:
 
     @pytest.mark.parametrize("supervised", [True, False])
     def test_a_plan_can_be_run(self, supervised: bool) -> None:
-        """One pass predicts the noise; outputs are of whole structures; what a pass is told was made before it."""
+        """One pass predicts the noise; outputs come from whole structures; an embedding is made before it is used."""
         task, structures = self.task(supervised), self.structures()
         corruption = task.corrupt(structures, seed=0, step=1)
         passes = task.passes(structures, corruption, seed=0, step=1)
@@ -235,7 +235,7 @@ class TaskClaims:
 
     @pytest.mark.parametrize("supervised", [True, False])
     def test_every_parameter_has_a_gradient_in_its_step(self, supervised: bool) -> None:
-        """And what the task added is used, all of it; what another task added is not."""
+        """What the task added has a gradient that is not zero; what another task added has a gradient of zero."""
         self.task(supervised)
         _, model = self.models()
         batch = collate(self.rows()[:4])

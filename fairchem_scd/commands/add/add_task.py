@@ -197,10 +197,10 @@ def _block(merged: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(block, Mapping):
             raise ConfigError(f"{key}: expected a block (got {block!r})")
     if optim.get("use_denoising_pos"):
-        twin = _TRAINERS.get(str(merged.get("trainer")), _EPOCHS)
+        trainer = _TRAINERS.get(str(merged.get("trainer")), _EPOCHS)
         raise ConfigError(
             "optim.use_denoising_pos sets up DeNS already, and fairchem-scd reads it as it is: name the trainer "
-            f"{twin} and leave the rest. For another task beside it, write DeNS as task.denoising.dens first, and "
+            f"{trainer} and leave the rest. For another task beside it, write DeNS as task.denoising.dens first, and "
             "remove use_denoising_pos"
         )
     return denoising_block(task, optim, {})
@@ -218,8 +218,8 @@ def _trainer(merged: Mapping[str, Any]) -> str:
         pass  # not a trainer at all: the error below says so
     known = [name for name in _TRAINERS if "denoising" not in name]
     raise ConfigError(
-        f"trainer: '{name}' has no denoising twin; known trainers: {', '.join(known)}. To make one of a trainer of "
-        "your own: class MyDenoisingTrainer(fairchem_scd.trainers.DenoisingMixin, MyTrainer)"
+        f"trainer: '{name}' has no counterpart with denoising; known trainers: {', '.join(known)}. To make one of a "
+        "trainer of your own: class MyDenoisingTrainer(fairchem_scd.DenoisingMixin, MyTrainer)"
     )
 
 

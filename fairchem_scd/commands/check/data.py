@@ -102,7 +102,7 @@ def describe_corruption(task: DenoisingTask, rows: list[Any], seed: int, report:
         if mean > _FAR * typical:
             report.caution(
                 f"task.denoising.{task.name} moves atoms by {100 * mean / typical:.0f} % of the distance to their "
-                "nearest neighbour: they may change places, and the noise can then not be told from the structure"
+                "nearest neighbour: they may change places, and then the noise cannot be seen from the structure"
             )
     if idle:
         report.say("", f"{idle} of {len(rows)} structures have nothing to denoise and are left out of its loss")

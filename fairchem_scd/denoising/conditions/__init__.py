@@ -1,4 +1,4 @@
-"""Conditions: what a pass of the model is told besides the structure itself. Plain torch, usable alone."""
+"""Conditions: what a pass of the model gets besides the structure itself. Plain torch, usable alone."""
 
 from fairchem_scd.denoising.conditions.force import ForceEncoding
 from fairchem_scd.denoising.conditions.modulation import BoundModulation, Modulation

@@ -1,7 +1,8 @@
-"""The self-condition of SCD: the model's own embedding of a structure, which its blocks are told in a later pass.
+"""The self-condition of SCD: the model's own embedding of a structure, on which a later pass is conditioned.
 
-All that is known of this condition is here: how it is made and told, what stands in its place where there is none, what
-of it pre-training freezes, whether a model with it can be exported, and the names of its weights.
+Everything about this condition is in this file: how it is made and given to the blocks, what replaces it in a pass
+without a condition, which of its weights pre-training freezes, whether a model with it can be exported, and the names
+of its weights.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from fairchem_scd.errors import ConfigError
 NullForm = Literal["identity", "mask_token"]
 """What a pass without a condition computes.
 
-"identity": the host's plain backbone, exactly. "mask_token", the authors' form: the blocks are told a learned token, in
-every such pass, so the model is never the plain one.
+"identity": the host's plain backbone, exactly. "mask_token", the authors' form: in every such
+pass the blocks get a learned token, so the model is never the plain one.
 """
 
 
 class SelfCondition:
     """SCD's condition, over the two modules that hold its weights.
 
-    An embedding is made in one pass and told in another; between the two the engine keeps it as a tensor with a row for
-    each structure. A module of a task is known by its name in a checkpoint, `denoising.<task>.<name>.*`.
+    One pass makes the embedding and a later pass is conditioned on it. Between the two the engine keeps it as a tensor
+    with a row for each structure. A module of a task is known by its name in a checkpoint, `denoising.<task>.<name>.*`.
 
     Args:
-        head: makes the embedding, and the condition of it.
-        modulation: tells the blocks.
+        head: makes the embedding, and from it the condition.
+        modulation: changes the blocks by the condition.
     """
 
     def __init__(self, head: ConditionHead, modulation: Modulation) -> None:
@@ -85,7 +86,7 @@ class SelfCondition:
 
         Args:
             embedding: [B, C] of each structure.
-            conditioned: [B] bool, the structures whose blocks are told their embedding.
+            conditioned: [B] bool, the structures that are conditioned on their embedding.
             batch: [N] the structure of each atom.
         """
         condition = self.head.condition(embedding, conditioned)
@@ -100,7 +101,7 @@ class SelfCondition:
 
 
 class ConditionHead(nn.Module):
-    """Pool a structure's l = 0 features into an embedding c, and make c the condition that blocks are told.
+    """Pool a structure's l = 0 features into an embedding c, and make c the condition of the blocks.
 
     c = MLP(pool_i(MLP(x_i))), steps 2 and 3 of SCD (arXiv 2603.17196). Statistics are float32 whatever the autocast.
 
@@ -153,7 +154,7 @@ class ConditionHead(nn.Module):
         return self.structure(pooled).float()
 
     def condition(self, embedding: Tensor, conditioned: Tensor) -> Tensor:
-        """What blocks are told of each structure.
+        """The condition of each structure, as the blocks get it.
 
         Args:
             embedding: [B, C] from `forward`.

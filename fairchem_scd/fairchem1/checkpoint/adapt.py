@@ -37,7 +37,7 @@ def adapt(
     """Turn a checkpoint of another kind into one for `model`.
 
     Args:
-        checkpoint: of the plain host model, of a legacy one-piece model, or with other tasks.
+        checkpoint: of the plain host model, of a legacy model, or with other tasks.
         model: the unwrapped model to load it into; it lends its fresh weights for the parts it alone has.
         optimizer: of this run, in its fresh state; None: leave training state out.
         ema: the host's moving average of this run, in its fresh state, or None.

@@ -30,7 +30,7 @@ _REFERENCES = "backbone.energy_lin_ref"
 _ENCODING = "denoising.dens.encoding"
 _BIASES = (f"{_ENCODING}.force_bias", f"{_ENCODING}.sigma_bias")  # in the order in which their models add them
 _HEAD = "denoising.dens.noise_head"
-# Of the names that a hydra would have; StoredRun gives those to the weights of a one-piece model.
+# Of the names that a hydra would have; StoredRun gives those to the weights of a legacy model.
 _RENAMED = (
     (r"backbone\.force_embedding\.", f"{_ENCODING}.force_"),
     (r"backbone\.noise_schedule_sigma_embedding\.", f"{_ENCODING}.sigma_"),
@@ -46,7 +46,7 @@ _OLD_TARGETS = {"target": "energy", "grad_target": "forces"}
 def from_dens(checkpoint: Mapping[str, Any], *, plain: bool = False) -> dict[str, Any]:
     """Turn a DeNS checkpoint of another code into one of this package.
 
-    It knows the authors' one-piece models (`equiformer_v2_dens`, `escn_dens`) and fairchem's hydras with the backbone
+    It knows the authors' legacy models (`equiformer_v2_dens`, `escn_dens`) and fairchem's hydras with the backbone
     `equiformer_v2_dens_backbone` or `esen_backbone_dens`.
 
     Args:

@@ -43,7 +43,7 @@ class StoredRun:
     Attributes:
         config: the run's config, its model as a block also where it was written before fairchem 1.0.
         stored_keys: for each key of `weights`, in their order, the key in the checkpoint, without `module.`.
-        is_legacy: it trained a legacy one-piece model.
+        is_legacy: it trained a legacy model, which has backbone and heads in one.
         is_pretrained: it trained no outputs. Its element embeddings were frozen, and it has no heads.
         decays_as_legacy: its optimiser chose the parameters without weight decay by the legacy model's rule.
     """

@@ -128,7 +128,7 @@ class SetupMixin:
     def load_checkpoint(
         self, checkpoint_path: str, checkpoint: dict[str, Any] | None = None, inference_only: bool = False
     ) -> None:
-        """Load a checkpoint of this run, or start from one of another kind: plain, one-piece, or with other tasks.
+        """Load a checkpoint of this run, or start from one of another kind: plain, legacy, or with other tasks.
 
         Weights are kept, added parts start fresh, and the optimiser keeps what it knows of the weights that stay.
         """
