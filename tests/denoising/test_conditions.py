@@ -88,6 +88,24 @@ def test_modulation_by_hand():
                 assert float(update[i, j]) == pytest.approx(expected[1], rel=1e-4, abs=1e-5)
 
 
+def test_the_squashing_of_the_mask_token_form_has_its_limit_where_its_width_is_zero():
+    """tanh(a·x)/a → x for a → 0, and the form is the same for a and -a."""
+    torch.manual_seed(0)
+    block = Modulation(4, 1, null="mask_token").blocks[0]
+    scalars, condition, conditioned = torch.randn(5, 4), torch.randn(5, 4), torch.ones(5, dtype=torch.bool)
+    made = {}
+    with torch.no_grad():
+        for a in (0.0, 1e-4, 0.3, -0.3):
+            block.a.fill_(a)
+            made[a], _ = block(scalars, condition, conditioned)
+    torch.testing.assert_close(made[0.0], made[1e-4], rtol=1e-4, atol=1e-5)
+    assert torch.equal(made[0.3], made[-0.3])
+    assert not torch.allclose(made[0.0], made[0.3])
+    block.a.data.fill_(0.0)
+    block(scalars, condition, conditioned)[0].sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in block.parameters())
+
+
 def test_condition_head_by_hand():
     torch.manual_seed(0)
     x, batch = torch.randn(5, 6), torch.tensor([0, 0, 0, 2, 2])

@@ -99,7 +99,9 @@ class BlockModulation(nn.Module):
         seen = functional.layer_norm(scalars.detach().float(), scalars.shape[-1:])
         shift, scale, gate = self.mlp(torch.cat([condition, seen], dim=-1)).chunk(3, dim=-1)
         if self.a is not None:
-            squashed = torch.tanh(self.a * scalars) * (1 + scale) / self.a
+            # The same for a and -a. The limit for a → 0 exists, but 0 / 0 does not (the authors clamp at 1e-5, too).
+            a = self.a.abs().clamp(min=1e-5)
+            squashed = torch.tanh(a * scalars) * (1 + scale) / a
             return (squashed + shift).to(scalars.dtype), torch.tanh(self.alpha * gate)
         # `where`, not a product: an atom without a condition keeps its features bit for bit, whatever the MLP returns.
         conditioned = conditioned[:, None]
