@@ -14,6 +14,7 @@ a C++ compiler and some ten minutes.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import logging
 import statistics
@@ -60,6 +61,7 @@ def installed() -> Extensions:
     return Extensions(*(importlib.import_module(name) for name in _PACKAGES))
 
 
+@functools.cache
 def stand_ins() -> Extensions:
     """The stand-ins of this repository, installed or not."""
     if _are_stand_ins(installed()):
@@ -67,6 +69,7 @@ def stand_ins() -> Extensions:
     return _load(HERE / "torch-scatter", HERE / "torch-sparse")
 
 
+@functools.cache  # torch compiles their classes, which it does once
 def real(folder: Path = BUILT) -> Extensions:
     """The real packages: the installed ones, or those in `folder`, built there if they are not there yet."""
     if not _are_stand_ins(installed()):

@@ -42,7 +42,7 @@ def test_links_lead_somewhere():
 
 def test_ci_runs_every_command():
     ci = (ROOT / ".ci" / "run").read_text()
-    for block in re.findall(r"```bash\n(uv run .*?)```", README, re.DOTALL):
+    for block in re.findall(r"```bash\n(?:export .*?\n)?(uv run .*?)```", README, re.DOTALL):
         for command in block.splitlines():
             # Those of fairchem-scd run in test_docs.py.
             assert command.startswith("uv run fairchem-scd ") or command in ci, command
