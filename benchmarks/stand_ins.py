@@ -5,15 +5,16 @@ random order each round. A ratio is taken within a round, and the table gives th
 interval. `real, again` is a second step a round with the real ones: how far its ratio is from 1 is the error of the
 method. "wanted" is the most that a step may cost.
 
-The real packages are the installed ones, or lie in a folder; where that is empty they are built first, which takes uv,
-a C++ compiler and some ten minutes:
+    python -m benchmarks.stand_ins
 
-    python -m benchmarks.stand_ins --real FOLDER
+The real packages are the installed ones. Where the stand-ins are installed they are built first, once, which takes uv,
+a C++ compiler and some ten minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import logging
 import statistics
@@ -33,7 +34,9 @@ from fairchem.core.common.utils import setup_imports
 from benchmarks.common import BACKBONES, PLAIN, hydra, make_trainer, training, use_threads
 from benchmarks.step_cost import Variant, measure, median_interval
 
-HERE = Path(__file__).parent.parent / "hosts" / "fairchem1"
+ROOT = Path(__file__).parent.parent
+HERE = ROOT / "hosts" / "fairchem1"
+BUILT = ROOT / "real-extensions"
 REAL = ("torch-scatter==2.1.2", "torch-sparse==0.6.18")
 WANTED = dict.fromkeys(BACKBONES, 1.10) | dict.fromkeys(("equiformer_v2", "escn", "esen", "esen_conservative"), 1.02)
 _PACKAGES = ("torch_scatter", "torch_sparse")
@@ -58,6 +61,7 @@ def installed() -> Extensions:
     return Extensions(*(importlib.import_module(name) for name in _PACKAGES))
 
 
+@functools.cache
 def stand_ins() -> Extensions:
     """The stand-ins of this repository, installed or not."""
     if _are_stand_ins(installed()):
@@ -65,7 +69,8 @@ def stand_ins() -> Extensions:
     return _load(HERE / "torch-scatter", HERE / "torch-sparse")
 
 
-def real(folder: Path) -> Extensions:
+@functools.cache  # torch compiles their classes, which it does once
+def real(folder: Path = BUILT) -> Extensions:
     """The real packages: the installed ones, or those in `folder`, built there if they are not there yet."""
     if not _are_stand_ins(installed()):
         return installed()
@@ -206,9 +211,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--real",
         type=Path,
-        default=Path("real-extensions"),
+        default=BUILT,
         metavar="FOLDER",
-        help="of the real packages, where the stand-ins are installed (default: %(default)s)",
+        help="of the real packages, where the stand-ins are installed (default: real-extensions, in the clone)",
     )
     add("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES), help="default: all")
     add("--layers", type=int, default=4, metavar="N", help="blocks of the backbone (default: %(default)s)")

@@ -21,6 +21,7 @@ from fairchem_scd import DenoisingHydra
 from fairchem_scd.commands import main
 from fairchem_scd.commands.check import environment
 from fairchem_scd.commands.check.data import nearest_neighbours
+from fairchem_scd.commands.check.report import Report
 from fairchem_scd.testing import slabs
 from tests.support.configs import pretraining, tiny_config
 from tests.support.models import hydra_arguments
@@ -70,6 +71,14 @@ def test_what_is_said_of_a_sound_config_is_so(data, tmp_path, monkeypatch):
     assert re.search(r"an epoch +2 steps", output)
     # Nothing but the config is there afterwards.
     assert [path.name for path in tmp_path.iterdir()] == ["config.yml"]
+
+
+def test_which_of_the_extensions_are_stand_ins_is_said(monkeypatch):
+    monkeypatch.setattr(environment, "version", {"torch-scatter": "2.1.2+standin", "torch-sparse": "0.6.18"}.get)
+    said: list[str] = []
+    environment.check_device({"cpu": True}, Report(said.append))
+    kinds = "torch-scatter 2.1.2+standin (stand-in in plain PyTorch), torch-sparse 0.6.18"
+    assert said[-1].strip() == f"torch_scatter works on cpu: {kinds}"
 
 
 def test_pre_training_is_checked_without_labels(data, tmp_path):

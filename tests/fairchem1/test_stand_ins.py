@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import os
 import pickle
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch_geometric.typing
-from fairchem.core.models.base import HydraModel
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import stand_ins as extensions
-from benchmarks.common import BACKBONES, hydra
-from fairchem_scd.testing import collate, crystal, slabs
 
-ROOT = Path(__file__).parents[2]
-REAL = ROOT / "real-extensions"
 STAND_INS = extensions.stand_ins()
-scatter, segment_coo, segment_csr = (STAND_INS.host_names()[name] for name in ("scatter", "segment_coo", "segment_csr"))
-broadcast = STAND_INS.torch_scatter.utils.broadcast
-SparseTensor = STAND_INS.torch_sparse.SparseTensor
+OURS = SimpleNamespace(**STAND_INS.host_names())
 REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
     "sum": sum,
     "add": sum,
@@ -37,18 +26,13 @@ REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
     "min": min,
     "max": max,
 }
-# What each backbone has to call for its test to say something; of a rank-two head and a sum of energies, scatter.
-CALLED = {
-    "escn": set(),
-    "esen": set(),
-    "esen_conservative": set(),
-    "painn": {"scatter", "segment_coo"},
-    "gemnet_t": {"scatter", "SparseTensor", "rows"},
-    "gemnet_t_conservative": {"scatter", "SparseTensor", "rows"},
-    "gemnet_oc": {"segment_coo", "SparseTensor", "rows"},
-    "dimenetplusplus": {"scatter", "SparseTensor", "rows"},
-}
 INDEX = torch.tensor([3, 0, 3, 5, 0, 3, 1])  # unsorted; nothing has 2 or 4
+
+
+@pytest.fixture(scope="module", params=["stand-ins", pytest.param("real", marks=pytest.mark.slow)])
+def given(request: pytest.FixtureRequest) -> SimpleNamespace:
+    """What is claimed of the stand-ins is so of the real packages, which are compiled if they are not there."""
+    return OURS if request.param == "stand-ins" else SimpleNamespace(**extensions.real().host_names())
 
 
 def whole_numbers(*shape: int) -> Tensor:
@@ -73,21 +57,21 @@ def by_hand(values: Tensor, index: Tensor, dim: int, size: int, reduce: str) -> 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("dim", [0, 1, -1])
-def test_scatter_is_the_loop_over_every_number(reduce, dim):
+def test_scatter_is_the_loop_over_every_number(given, reduce, dim):
     values = whole_numbers(4, 7, 3).movedim(1, dim)
     expected = by_hand(values, INDEX, dim, 6, reduce)
-    torch.testing.assert_close(scatter(values, INDEX, dim, dim_size=6, reduce=reduce), expected, rtol=0, atol=0)
+    torch.testing.assert_close(given.scatter(values, INDEX, dim, dim_size=6, reduce=reduce), expected, rtol=0, atol=0)
     # With one more row than the largest index, and with as many as that.
     more = by_hand(values, INDEX, dim, 7, reduce)
-    torch.testing.assert_close(scatter(values, INDEX, dim, dim_size=7, reduce=reduce), more, rtol=0, atol=0)
-    torch.testing.assert_close(scatter(values, INDEX, dim, reduce=reduce), expected, rtol=0, atol=0)
+    torch.testing.assert_close(given.scatter(values, INDEX, dim, dim_size=7, reduce=reduce), more, rtol=0, atol=0)
+    torch.testing.assert_close(given.scatter(values, INDEX, dim, reduce=reduce), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64])
-def test_scatter_keeps_the_type(reduce, dtype):
+def test_scatter_keeps_the_type(given, reduce, dtype):
     values = 2 * whole_numbers(6).to(dtype)
-    reduced = scatter(values, torch.tensor([0, 0, 2, 2, 2, 2]), dim=0, reduce=reduce)
+    reduced = given.scatter(values, torch.tensor([0, 0, 2, 2, 2, 2]), dim=0, reduce=reduce)
     assert reduced.dtype == dtype
     first, last = values[:2].tolist(), values[2:].tolist()
     expected = [REDUCTIONS[reduce](first), 0, REDUCTIONS[reduce](last)]
@@ -96,74 +80,76 @@ def test_scatter_keeps_the_type(reduce, dtype):
     assert reduced.tolist() == expected
 
 
-def test_an_index_may_have_the_first_dimensions_of_the_values():
+def test_an_index_may_have_the_first_dimensions_of_the_values(given):
     values, index = whole_numbers(2, 7, 3), torch.stack((INDEX, INDEX.flip(0)))
     for reduce in REDUCTIONS:
         expected = by_hand(values, index, 1, 6, reduce)
-        torch.testing.assert_close(scatter(values, index, 1, dim_size=6, reduce=reduce), expected, rtol=0, atol=0)
+        torch.testing.assert_close(given.scatter(values, index, 1, dim_size=6, reduce=reduce), expected, rtol=0, atol=0)
 
 
-def test_broadcast_repeats_an_index_along_the_other_dimensions():
+def test_broadcast_repeats_an_index_along_the_other_dimensions(given):
     other = torch.empty(2, 3, 4)
     for dim in (0, 1, 2, -1):
         index = torch.arange(other.shape[dim])
-        viewed = broadcast(index, other, dim)
+        viewed = given.broadcast(index, other, dim)
         assert viewed.shape == other.shape
         for place in itertools.product(range(2), range(3), range(4)):
             assert viewed[place] == place[dim]
     leading = torch.arange(6).view(2, 3)
-    assert torch.equal(broadcast(leading, other, 1), leading[:, :, None].expand(2, 3, 4))
+    assert torch.equal(given.broadcast(leading, other, 1), leading[:, :, None].expand(2, 3, 4))
 
 
-def test_gradients_are_derivatives():
+def test_gradients_are_derivatives(given):
     values = torch.randn(7, 2, dtype=torch.float64, requires_grad=True)
-    ends = torch.tensor([1, 3, 3, 6])
+    ends = torch.tensor([0, 3, 3, 7])
     for reduce in REDUCTIONS:
-        assert gradcheck(lambda x, reduce=reduce: scatter(x, INDEX, 0, dim_size=6, reduce=reduce), values)
-        assert gradcheck(lambda x, reduce=reduce: segment_csr(x, ends, reduce=reduce), values)
-    for reduce in ("sum", "mean"):  # twice, as conservative forces need
-        assert gradgradcheck(lambda x, reduce=reduce: scatter(x, INDEX, 0, dim_size=6, reduce=reduce) ** 2, values)
+        assert gradcheck(lambda x, reduce=reduce: given.scatter(x, INDEX, 0, dim_size=6, reduce=reduce), values)
+        assert gradcheck(lambda x, reduce=reduce: given.segment_csr(x, ends, reduce=reduce), values)
+    for reduce in ("sum", "mean"):  # and twice, as conservative forces need
+        assert gradgradcheck(
+            lambda x, reduce=reduce: given.scatter(x, INDEX, 0, dim_size=6, reduce=reduce) ** 2, values
+        )
 
 
-def test_of_equal_values_the_first_has_the_gradient_of_an_extreme():
+def test_of_equal_values_the_first_has_the_gradient_of_an_extreme(given):
     values = torch.tensor([2.0, 1.0, 1.0, 5.0, 5.0], requires_grad=True)
     index = torch.tensor([0, 0, 0, 2, 2])
     for reduce, first in (("min", [0, 1, 0, 1, 0]), ("max", [1, 0, 0, 1, 0])):
-        (gradient,) = torch.autograd.grad(scatter(values, index, 0, dim_size=4, reduce=reduce).sum(), values)
+        (gradient,) = torch.autograd.grad(given.scatter(values, index, 0, dim_size=4, reduce=reduce).sum(), values)
         assert gradient.tolist() == first
 
 
-def test_nothing_is_reduced_to_zeros():
+def test_nothing_is_reduced_to_zeros(given):
     nothing, none = torch.empty(0, 3, requires_grad=True), torch.empty(0, dtype=torch.long)
     for reduce in REDUCTIONS:
-        assert scatter(nothing, none, 0, reduce=reduce).shape == (0, 3)
+        assert given.scatter(nothing, none, 0, reduce=reduce).shape == (0, 3)
         for reduced in (
-            scatter(nothing, none, 0, dim_size=2, reduce=reduce),
-            segment_coo(nothing, none, dim_size=2, reduce=reduce),
-            segment_csr(nothing, torch.zeros(3, dtype=torch.long), reduce=reduce),
+            given.scatter(nothing, none, 0, dim_size=2, reduce=reduce),
+            given.segment_coo(nothing, none, dim_size=2, reduce=reduce),
+            given.segment_csr(nothing, torch.zeros(3, dtype=torch.long), reduce=reduce),
         ):
             assert torch.equal(reduced, torch.zeros(2, 3))
 
 
-def test_segments_are_runs_of_rows():
+def test_segments_are_runs_of_rows(given):
     values = whole_numbers(7, 2)
     index, ends = torch.tensor([0, 0, 1, 3, 3, 3, 4]), torch.tensor([0, 2, 3, 3, 6, 7])
     for reduce in REDUCTIONS:
         expected = by_hand(values, index, 0, 5, reduce)
-        assert torch.equal(segment_coo(values, index, dim_size=5, reduce=reduce), expected)
-        assert torch.equal(segment_csr(values, ends, reduce=reduce), expected)
+        assert torch.equal(given.segment_coo(values, index, dim_size=5, reduce=reduce), expected)
+        assert torch.equal(given.segment_csr(values, ends, reduce=reduce), expected)
     counts = torch.ones(1, dtype=torch.long).expand(7)
-    assert segment_coo(counts, index, dim_size=6).tolist() == [2, 1, 0, 3, 1, 0]
-    assert segment_csr(counts, torch.tensor([2, 3, 5])).tolist() == [1, 2]  # the others are in no run
+    assert given.segment_coo(counts, index, dim_size=6).tolist() == [2, 1, 0, 3, 1, 0]
+    assert given.segment_csr(counts, torch.tensor([2, 3, 5])).tolist() == [1, 2]  # the others are in no run
     both = torch.stack((index, index))
-    assert torch.equal(segment_coo(torch.stack((values, values)), both)[1], by_hand(values, index, 0, 5, "sum"))
+    assert torch.equal(given.segment_coo(torch.stack((values, values)), both)[1], by_hand(values, index, 0, 5, "sum"))
 
 
-def test_picked_rows_are_the_edges_of_the_atoms():
+def test_picked_rows_are_the_edges_of_the_atoms(given):
     generator = torch.Generator().manual_seed(0)
     target, source = torch.randint(5, (2, 30), generator=generator)  # with some edges twice
     number = torch.arange(30)
-    rows = SparseTensor(row=target, col=source, value=number, sparse_sizes=(6, 5))[target]
+    rows = given.SparseTensor(row=target, col=source, value=number, sparse_sizes=(6, 5))[target]
     assert rows.sparse_sizes() == (30, 5)
     entries = list(zip(*(part.tolist() for part in rows.coo()), strict=True))
     pairs = itertools.product(range(30), range(30))
@@ -182,9 +168,9 @@ def test_picked_rows_are_the_edges_of_the_atoms():
     assert rows[torch.tensor([29, 29])].storage.value().tolist() == 2 * of_last
 
 
-def test_a_matrix_without_entries_has_empty_rows():
+def test_a_matrix_without_entries_has_empty_rows(given):
     none = torch.empty(0, dtype=torch.long)
-    rows = SparseTensor(row=none, col=none, value=none, sparse_sizes=(3, 3))[torch.tensor([2, 0])]
+    rows = given.SparseTensor(row=none, col=none, value=none, sparse_sizes=(3, 3))[torch.tensor([2, 0])]
     assert [part.tolist() for part in rows.coo()] == [[], [], []]
     assert rows.set_value(None).sum(dim=1).tolist() == [0, 0]
 
@@ -192,11 +178,11 @@ def test_a_matrix_without_entries_has_empty_rows():
 def test_a_sparse_tensor_is_copied_and_pickled(monkeypatch):
     # Under the name that the stand-in has where it is installed.
     monkeypatch.setitem(sys.modules, "torch_sparse", STAND_INS.torch_sparse)
-    one = SparseTensor(row=torch.tensor([1, 0]), col=torch.tensor([0, 1]), value=INDEX[:2], sparse_sizes=(2, 2))
+    one = OURS.SparseTensor(row=torch.tensor([1, 0]), col=torch.tensor([0, 1]), value=INDEX[:2], sparse_sizes=(2, 2))
     assert [part.tolist() for part in pickle.loads(pickle.dumps(one)).coo()] == [part.tolist() for part in one.coo()]
 
 
-MATRIX = SparseTensor(row=INDEX, col=INDEX, value=INDEX, sparse_sizes=(6, 6))
+MATRIX = OURS.SparseTensor(row=INDEX, col=INDEX, value=INDEX, sparse_sizes=(6, 6))
 ONES = torch.ones(7)
 
 
@@ -205,17 +191,17 @@ ONES = torch.ones(7)
     [
         (lambda: STAND_INS.torch_scatter.scatter_softmax, "torch-scatter"),
         (lambda: STAND_INS.torch_sparse.SparseStorage, "torch-sparse"),
-        (lambda: SparseTensor.from_edge_index, "torch-sparse"),
+        (lambda: OURS.SparseTensor.from_edge_index, "torch-sparse"),
         (lambda: MATRIX.t(), "torch-sparse"),
         (lambda: MATRIX.storage.rowptr(), "torch-sparse"),
         (lambda: MATRIX[:2], "torch-sparse"),
         (lambda: MATRIX[INDEX, INDEX], "torch-sparse"),
         (lambda: MATRIX.sum(dim=1), "torch-sparse"),
         (lambda: MATRIX.set_value(INDEX, layout="csc"), "torch-sparse"),
-        (lambda: SparseTensor(rowptr=INDEX, col=INDEX), "torch-sparse"),
-        (lambda: scatter(ONES, INDEX, out=torch.zeros(6)), "torch-scatter"),
-        (lambda: scatter(ONES, INDEX, reduce="mul"), "torch-scatter"),
-        (lambda: segment_csr(ONES[None], INDEX[None]), "torch-scatter"),
+        (lambda: OURS.SparseTensor(rowptr=INDEX, col=INDEX), "torch-sparse"),
+        (lambda: OURS.scatter(ONES, INDEX, out=torch.zeros(6)), "torch-scatter"),
+        (lambda: OURS.scatter(ONES, INDEX, reduce="mul"), "torch-scatter"),
+        (lambda: OURS.segment_csr(ONES[None], INDEX[None]), "torch-scatter"),
     ],
 )
 def test_what_a_stand_in_lacks_it_says_and_names_the_real_package(ask, package):
@@ -252,133 +238,12 @@ def test_reductions_wait_for_the_device_only_where_no_size_is_given():
     values = torch.randn(7, 2, requires_grad=True)
     with _Asked() as asked:
         for reduce in REDUCTIONS:
-            scatter(values, INDEX, 0, dim_size=6, reduce=reduce).sum().backward()
-            segment_coo(values, INDEX, dim_size=6, reduce=reduce)
-            segment_csr(values, torch.tensor([0, 3, 7]), reduce=reduce)
+            OURS.scatter(values, INDEX, 0, dim_size=6, reduce=reduce).sum().backward()
+            OURS.segment_coo(values, INDEX, dim_size=6, reduce=reduce)
+            OURS.segment_csr(values, torch.tensor([0, 3, 7]), reduce=reduce)
         assert asked.count == 0
-        scatter(values, INDEX, 0)
+        OURS.scatter(values, INDEX, 0)
         assert asked.count == 1
         # Whether its entries are sorted, and how many entries the picked rows have, the real package asks as well.
-        SparseTensor(row=INDEX, col=INDEX, value=INDEX, sparse_sizes=(6, 6))[INDEX]
+        OURS.SparseTensor(row=INDEX, col=INDEX, value=INDEX, sparse_sizes=(6, 6))[INDEX]
         assert asked.count == 3
-
-
-# --- beside the real packages -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def real() -> extensions.Extensions:
-    """The installed ones, or those that the benchmark builds."""
-    if extensions.installed() == STAND_INS and not shutil.which("uv"):
-        pytest.skip("uv is needed to build torch-scatter and torch-sparse")
-    return extensions.real(REAL)
-
-
-def backbone_with_all_heads(name: str) -> HydraModel:
-    model = hydra(name, layers=2, channels=16, lmax=2, radius=6.0, neighbors=12)
-    del model["name"]
-    if name == "equiformer_v2":
-        model["heads"]["stress"] = {"module": "rank2_symmetric_head", "output_name": "stress"}
-    torch.manual_seed(0)
-    return HydraModel(**model)
-
-
-def step(model: HydraModel, batch: Any, names: dict[str, Any]) -> dict[str, Tensor]:
-    """Outputs and the gradient of every parameter, where the host calls these."""
-    model.zero_grad()
-    with extensions.host_with(names):
-        torch.manual_seed(1)  # of the random edge frames
-        out = {name: value for name, value in model(batch.clone()).items() if torch.is_tensor(value)}
-        generator = torch.Generator().manual_seed(2)
-        sum((value * torch.randn(value.shape, generator=generator)).sum() for value in out.values()).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {name: value.detach() for name, value in out.items()} | gradients
-
-
-def noting(calls: list[tuple[str, tuple, dict]]) -> dict[str, Any]:
-    """The stand-ins, which note what they are called with."""
-
-    def noted(name: str, function: Callable) -> Callable:
-        def call(*args: Any, **more: Any) -> Any:
-            calls.append((name, args, more))
-            return function(*args, **more)
-
-        return call
-
-    class Noting(SparseTensor):
-        def __init__(self, **more: Any) -> None:
-            super().__init__(**more)
-            if "is_sorted" not in more:
-                calls.append(("SparseTensor", (), more))
-
-        def __getitem__(self, rows: Tensor) -> Any:
-            row, col, value = self.coo()
-            entries = {"row": row, "col": col, "value": value, "sparse_sizes": self.sparse_sizes()}
-            calls.append(("rows", (rows,), entries))
-            return super().__getitem__(rows)
-
-    names = STAND_INS.host_names()
-    return {name: noted(name, function) for name, function in names.items()} | {"SparseTensor": Noting}
-
-
-def replayed(call: tuple[str, tuple, dict], names: dict[str, Any]) -> list[Tensor]:
-    """What a call gives, and the gradient of the values that it reduces."""
-    name, args, more = call
-    if name in ("SparseTensor", "rows"):
-        made = names["SparseTensor"](**more)
-        return list((made if name == "SparseTensor" else made[args[0]]).coo())
-    values = args[0].detach()
-    if not (values.is_floating_point() and name != "broadcast"):
-        return [names[name](values, *args[1:], **more)]
-    values.requires_grad_()
-    result = names[name](values, *args[1:], **more)
-    generator = torch.Generator().manual_seed(3)
-    direction = torch.randn(result.shape, generator=generator, dtype=result.dtype)
-    return [result.detach(), *torch.autograd.grad(result, values, direction)]
-
-
-@pytest.mark.slow  # compiles the real packages, if they are not there
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("structures", ["slabs", "crystals"])
-def test_what_a_backbone_reduces_is_what_the_real_packages_make_of_it(real, name, structures):
-    rows = slabs(3) if structures == "slabs" else [crystal(), crystal((1, 2, 1))]
-    model, batch = backbone_with_all_heads(name), collate(rows)
-    calls: list[tuple[str, tuple, dict]] = []
-    ours = step(model, batch, noting(calls))
-    theirs = step(model, batch, real.host_names())
-    assert ours.keys() == theirs.keys()
-    assert any(value.any() for value in ours.values())
-    for key, value in theirs.items():
-        assert torch.equal(ours[key], value), f"{key}: {(ours[key] - value).abs().max()} of {value.abs().max()}"
-    assert {call[0] for call in calls} >= CALLED.get(name, {"scatter"})
-    for call in calls:
-        for mine, real_one in zip(
-            replayed(call, STAND_INS.host_names()), replayed(call, real.host_names()), strict=True
-        ):
-            assert mine.dtype == real_one.dtype
-            assert torch.equal(mine, real_one), call[0]
-
-
-@pytest.mark.slow
-def test_the_loop_over_every_number_is_what_the_real_packages_compute(real):
-    """So that the quick tests above check against the real ones."""
-    values = whole_numbers(7, 3)
-    for reduce in REDUCTIONS:
-        expected = by_hand(values, INDEX, 0, 6, reduce)
-        assert torch.equal(real.torch_scatter.scatter(values, INDEX, 0, dim_size=6, reduce=reduce), expected)
-
-
-@pytest.mark.slow
-def test_the_suite_passes_with_the_other_packages(real):
-    """With the real ones where the stand-ins are installed, and the other way round."""
-    if extensions.installed() == STAND_INS:
-        folders, version = [REAL], real.torch_scatter.__version__
-    else:
-        folders, version = [extensions.HERE / "torch-scatter", extensions.HERE / "torch-sparse"], "2.1.2+standin"
-    paths = [str(folder) for folder in folders] + os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    asked = "import torch_scatter; print(torch_scatter.__version__)"
-    found = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == version
-    suite = subprocess.run([sys.executable, "-m", "pytest"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert suite.returncode == 0, suite.stdout[-5000:]

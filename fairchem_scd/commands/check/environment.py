@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 from unittest import mock
 
@@ -29,7 +30,7 @@ def check_device(config: Mapping[str, Any], report: Report) -> None:
     report.say("device", f"{name}, torch {torch.__version__}")
     with report.part("torch_scatter"):
         _try_scatter(device)
-        report.say("", f"torch_scatter works on {device.type}")
+        report.say("", f"torch_scatter works on {device.type}: {_extensions()}")
 
 
 def _try_scatter(device: torch.device) -> None:
@@ -46,6 +47,13 @@ def _try_scatter(device: torch.device) -> None:
             f"torch_scatter does not work on {device.type}: {error}. It must be built for this PyTorch and CUDA; the "
             "README says which wheels (PYG_WHEELS)"
         ) from error
+
+
+def _extensions() -> str:
+    """Versions of both extensions, and which of them are this project's stand-ins."""
+    found = {name: version(name) for name in ("torch-scatter", "torch-sparse")}
+    note = {name: " (stand-in in plain PyTorch)" if found[name].endswith("+standin") else "" for name in found}
+    return ", ".join(f"{name} {found[name]}{note[name]}" for name in found)
 
 
 def check_submission(config: Mapping[str, Any], report: Report) -> None:

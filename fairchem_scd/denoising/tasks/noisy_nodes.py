@@ -25,8 +25,8 @@ class NoisyNodes(DenoisingTask):
     def check(self, outputs: Collection[str], trained: Collection[str]) -> None:
         if "forces" in trained and self.settings.std > _LARGEST_BESIDE_FORCES:
             logging.warning(
-                "task.denoising.noisy_nodes.std: %g Å. The force labels belong to the structure without the noise, so the "
-                "noise is noise on the labels: about 4 meV/Å on metal slabs for 0.0005 Å, 77 to 123 meV/Å on molecules "
+                "task.denoising.noisy_nodes.std: %g Å. The force labels belong to the structure without the noise, so "
+                "this is noise on the labels: about 4 meV/Å on metal slabs for 0.0005 Å, 77 to 123 meV/Å on molecules "
                 "for 0.005 Å (measured). Beside forces use task.denoising.scd or dens, whose labels stay exact",
                 self.settings.std,
             )
