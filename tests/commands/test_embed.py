@@ -135,7 +135,7 @@ def _stored(model, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_plain_and_one_piece_checkpoints_have_features_and_no_c(name, rows):
+def test_plain_and_legacy_checkpoints_have_features_and_no_c(name, rows):
     plain = checkpoint(name)
     made = embed(plain, rows)
     assert made.condition is None
@@ -149,8 +149,8 @@ def test_plain_and_one_piece_checkpoints_have_features_and_no_c(name, rows):
     config = {"model": name, "model_attributes": arguments}  # as before fairchem 1.0
     weights = {f"module.{key}": value for key, value in legacy.state_dict().items()}
     from_old = embed({"state_dict": weights, "config": config}, rows)
-    twin = {hydra_key(key): value for key, value in legacy.state_dict().items()}
-    hydra = {"state_dict": twin, "config": plain["config"]}
+    converted = {hydra_key(key): value for key, value in legacy.state_dict().items()}
+    hydra = {"state_dict": converted, "config": plain["config"]}
     assert np.allclose(from_old.features, embed(hydra, rows).features, **CLOSE)
 
 

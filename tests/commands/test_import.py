@@ -170,8 +170,8 @@ def folded(weights):
     return weights
 
 
-def plain_twin(name, checkpoint, weights):
-    """The host's one-piece model with the weights that theirs shares with it."""
+def plain_model(name, checkpoint, weights):
+    """The host's legacy model with the weights that theirs shares with it."""
     model = legacy_heads(name, checkpoint["config"]["model_attributes"])
     model.load_state_dict({key: weights[key] for key in model.state_dict()})
     return model.eval()
@@ -274,13 +274,13 @@ def hybrid(model, batch, plan, expected):
         ("escn", {}),
     ],
 )
-def test_an_authors_checkpoint_predicts_what_the_hosts_one_piece_model_does(name, options, weights, rows):
+def test_an_authors_checkpoint_predicts_what_the_hosts_legacy_model_does(name, options, weights, rows):
     checkpoint = authors(name, **options)
     if options:
         checkpoint["config"]["optim"].update(optim(sigma=True))
-    twin = plain_twin(name, checkpoint, folded(raw(checkpoint) if weights == "raw" else averaged(checkpoint)))
+    legacy = plain_model(name, checkpoint, folded(raw(checkpoint) if weights == "raw" else averaged(checkpoint)))
     batch = collate(rows[:3])
-    expected = run(twin, batch)
+    expected = run(legacy, batch)
     for plain in (False, True):
         assert_same(run(built(from_dens(checkpoint, plain=plain), weights), batch), expected)
 
@@ -331,8 +331,8 @@ def test_an_authors_escn_denoises_by_their_formula(rows):
         return (x, *args[1:])
 
     heads = {key: key.replace("force_block", "denoising_pos_block") for key in weights}
-    forces = plain_twin("escn", checkpoint, weights)
-    noise = plain_twin("escn", checkpoint, {key: weights.get(heads[key], weights[key]) for key in weights})
+    forces = plain_model("escn", checkpoint, weights)
+    noise = plain_model("escn", checkpoint, {key: weights.get(heads[key], weights[key]) for key in weights})
     outs = []
     for model in (forces, noise):
         model.layer_blocks[0].register_forward_pre_hook(add)
@@ -395,7 +395,7 @@ def test_an_ablation_without_force_encoding_keeps_its_bias_and_no_encoding(rows)
     imported = from_dens(checkpoint)
     assert not any(".encoding." in key for key in imported["state_dict"])
     batch = collate(rows[:2])
-    expected = run(plain_twin("equiformer_v2", checkpoint, folded(raw(checkpoint))), batch)
+    expected = run(plain_model("equiformer_v2", checkpoint, folded(raw(checkpoint))), batch)
     assert_same(run(built(imported), batch), expected)
 
 
@@ -441,8 +441,8 @@ def test_the_hosts_calculator_takes_it(references, plain, rows, tmp_path):
     out = fairchem_scd("import", tmp_path / "theirs.pt", tmp_path / "ours.pt", *(["--plain"] if plain else [])).output
     assert f"OCPCalculator(checkpoint_path='{tmp_path / 'ours.pt'}')" in out
     assert ("fairchem's own hydra" in out) == plain
-    twin = plain_twin("equiformer_v2", checkpoint, folded(raw(checkpoint)))
-    expected = run(twin, collate(rows[:1]))
+    legacy = plain_model("equiformer_v2", checkpoint, folded(raw(checkpoint)))
+    expected = run(legacy, collate(rows[:1]))
     calculator = OCPCalculator(checkpoint_path=str(tmp_path / "ours.pt"), cpu=True)
     atoms, _, _ = next(iter(emt_slabs(8, 0, 6)))
     torch.manual_seed(7)
@@ -451,7 +451,7 @@ def test_the_hosts_calculator_takes_it(references, plain, rows, tmp_path):
     forces = torch.tensor(calculator.results["forces"])
     assert (forces - expected["forces"] * 2.9).abs().max() <= 1e-5 * expected["forces"].abs().max() * 2.9
     if references:
-        without = plain_twin("equiformer_v2", authors("equiformer_v2"), folded(raw(checkpoint)))
+        without = plain_model("equiformer_v2", authors("equiformer_v2"), folded(raw(checkpoint)))
         assert abs(float(run(without, collate(rows[:1]))["energy"] - expected["energy"])) > 0.1
 
 

@@ -57,19 +57,19 @@ class TestDimeNetPlusPlus(claims.DimeNetPlusPlus):
     pass
 
 
-def test_a_one_piece_painn_is_its_twin_bit_for_bit(rows):
+def test_a_legacy_painn_is_its_hydra_bit_for_bit(rows):
     """Outputs and gradients, of the same weights."""
     arguments = {key: value for key, value in claims.PAINN.items() if key != "model"}
     torch.manual_seed(0)
     legacy = registry.get_model_class("painn")(**arguments).train()
     block, _ = to_hydra({"name": "painn", **arguments})
-    twin = DenoisingHydra(denoising=SCD, **{key: value for key, value in block.items() if key != "name"}).train()
+    converted = DenoisingHydra(denoising=SCD, **{key: value for key, value in block.items() if key != "name"}).train()
     state = {hydra_key(key): value for key, value in legacy.state_dict().items()}
-    assert set(state) == {key for key in twin.state_dict() if not key.startswith("denoising.")}
-    twin.load_state_dict(state, strict=False)
+    assert set(state) == {key for key in converted.state_dict() if not key.startswith("denoising.")}
+    converted.load_state_dict(state, strict=False)
     batch = collate(rows[:3])
     expected, expected_gradients = gradients(legacy, batch)
-    out, found = gradients(twin, batch)
+    out, found = gradients(converted, batch)
     for key, value in expected.items():
         assert torch.equal(out[key].view(-1), value.view(-1)), key
     for key, value in expected_gradients.items():

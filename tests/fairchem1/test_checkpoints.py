@@ -37,7 +37,7 @@ def _edge_frames_without_chance():
 
 
 def config_of(data, kind, name, trainer=OURS, denoising=None, decay=0.001, epochs=1, **backbone):
-    """A config whose model block is a hydra or the legacy one-piece model."""
+    """A config whose model block is a hydra or the legacy model."""
     # Clipping would round differently with more parameters in the norm.
     optim = {"optimizer_params": {"weight_decay": decay}, "max_epochs": epochs, "clip_grad_norm": 1e9}
     config = tiny_config(data, name, DENS if denoising is None else denoising, optim=optim)
@@ -46,7 +46,7 @@ def config_of(data, kind, name, trainer=OURS, denoising=None, decay=0.001, epoch
         config["task"] = {}
     # Of the lowest degree that has forces: most of the time goes into building grids.
     config["model"]["backbone"].update(lmax_list=[1], mmax_list=[1], **backbone)
-    if kind == "one-piece":
+    if kind == "legacy":
         config["model"] = {"name": name, **{k: v for k, v in config["model"]["backbone"].items() if k != "model"}}
     return config
 
@@ -123,7 +123,7 @@ def assert_equal(values, expected):
 
 
 def names_of(kind):
-    return hydra_key if kind == "one-piece" else own
+    return hydra_key if kind == "legacy" else own
 
 
 # --- from a plain run -----------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def names_of(kind):
 
 @pytest.mark.parametrize("decay", [0.001, 0.0], ids=["two groups", "one group"])
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("kind", ["hydra", "one-piece"])
+@pytest.mark.parametrize("kind", ["hydra", "legacy"])
 def test_a_plain_run_goes_on_with_denoising_switched_on(kind, name, decay, finished, data, tmp_path):
     source, path = finished(kind, name, decay)
     named = names_of(kind)
@@ -173,12 +173,12 @@ def test_a_plain_run_goes_on_with_denoising_switched_on(kind, name, decay, finis
     ("kind", "name", "decay", "options"),
     [
         ("hydra", "equiformer_v2", 0.001, {}),
-        ("one-piece", "equiformer_v2", 0.001, {}),
+        ("legacy", "equiformer_v2", 0.001, {}),
         # A frozen parameter, which one group holds and the average does not, and parameters outside the blocks.
-        ("one-piece", "equiformer_v2", 0.0, {"load_energy_lin_ref": True, "share_atom_edge_embedding": True}),
-        ("one-piece", "equiformer_v2", 0.001, {"load_energy_lin_ref": True, "share_atom_edge_embedding": True}),
+        ("legacy", "equiformer_v2", 0.0, {"load_energy_lin_ref": True, "share_atom_edge_embedding": True}),
+        ("legacy", "equiformer_v2", 0.001, {"load_energy_lin_ref": True, "share_atom_edge_embedding": True}),
         ("hydra", "escn", 0.0, {}),
-        ("one-piece", "escn", 0.001, {}),
+        ("legacy", "escn", 0.001, {}),
     ],
 )
 def test_without_a_denoising_step_it_goes_on_exactly_as_the_plain_run_would(
@@ -195,7 +195,7 @@ def test_without_a_denoising_step_it_goes_on_exactly_as_the_plain_run_would(
     assert ours.best_val_metric == host.best_val_metric
 
 
-@pytest.mark.parametrize("kind", ["hydra", "one-piece"])
+@pytest.mark.parametrize("kind", ["hydra", "legacy"])
 def test_restart_counts_from_zero_and_keeps_what_was_learnt(kind, finished, data, tmp_path):
     source, path = finished(kind, "equiformer_v2")
     named = names_of(kind)
@@ -215,11 +215,11 @@ def test_restart_counts_from_zero_and_keeps_what_was_learnt(kind, finished, data
     assert (folder_of(trainer) / "best_checkpoint.pt").is_file()
 
 
-@pytest.mark.parametrize("given", ["hydra", "one-piece"])
+@pytest.mark.parametrize("given", ["hydra", "legacy"])
 def test_the_configs_form_of_the_model_may_differ_from_the_checkpoints(given, finished, data, tmp_path):
     """The two forms decay other parameters: state goes by name, and the config's form says what is decayed."""
     source, path = finished(given, "equiformer_v2")
-    wanted = {"hydra": "one-piece", "one-piece": "hydra"}[given]
+    wanted = {"hydra": "legacy", "legacy": "hydra"}[given]
     other, _ = finished(wanted, "equiformer_v2")
     named = names_of(given)
     assert decayed(source, named) != decayed(other, names_of(wanted))
@@ -259,8 +259,8 @@ def published(path, folder, name):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_published_checkpoint_is_a_start(name, finished, data, tmp_path):
-    source, path = finished("one-piece", name)
-    trainer = make_trainer(config_of(data, "one-piece", name), tmp_path)
+    source, path = finished("legacy", name)
+    trainer = make_trainer(config_of(data, "legacy", name), tmp_path)
     untouched = copy.deepcopy(trainer.optimizer.state_dict())
     trainer.load_checkpoint(str(published(path, tmp_path, name)))
     assert_equal(host_part(weights(trainer)), weights(source, hydra_key))
@@ -379,9 +379,9 @@ def test_a_denoising_run_goes_on_without_tasks_and_in_the_plain_host(name, decay
     assert_equal(average(ours), average(host))
 
 
-def test_a_run_from_a_one_piece_config_goes_on_in_the_plain_host_by_its_rule_of_decay(finished, data, tmp_path):
+def test_a_run_from_a_legacy_config_goes_on_in_the_plain_host_by_its_rule_of_decay(finished, data, tmp_path):
     start, _ = finished("hydra", "equiformer_v2")
-    source = trained(config_of(data, "one-piece", "equiformer_v2"), tmp_path / "source")
+    source = trained(config_of(data, "legacy", "equiformer_v2"), tmp_path / "source")
     host = make_trainer(config_of(data, "hydra", "equiformer_v2", PLAIN, epochs=2), tmp_path / "host")
     host.load_checkpoint(str(exported(folder_of(source) / "checkpoint.pt", tmp_path)))
     assert_equal(optimizer_state(host), host_part(optimizer_state(source)))
@@ -459,11 +459,11 @@ def test_an_exported_fine_tuned_model_needs_no_starting_checkpoint(finished, row
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
-@pytest.mark.parametrize("kind", ["hydra", "one-piece", "dens"])
+@pytest.mark.parametrize("kind", ["hydra", "legacy", "dens"])
 def test_keys_may_carry_any_number_of_module_prefixes(kind, wrapped, finished, data, tmp_path):
     source, path = finished(kind, "equiformer_v2")
     stored = checkpoint.read(path)
-    form = "one-piece" if kind == "one-piece" else "hydra"
+    form = "legacy" if kind == "legacy" else "hydra"
     if wrapped:
         torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -497,7 +497,7 @@ def fairchem(tmp_path):
 
 def test_from_command_line_to_command_line(data, tmp_path, fairchem):
     def config(*arguments, **options):
-        config = config_of(data, "one-piece", "equiformer_v2", *arguments, **options)
+        config = config_of(data, "legacy", "equiformer_v2", *arguments, **options)
         # Constant, since a resumed run of the host's is a step of the schedule behind.
         config["optim"]["scheduler_params"].update(warmup_factor=1.0, lr_min_factor=1.0)
         return config
@@ -559,7 +559,7 @@ def test_a_file_that_is_no_checkpoint(case, finished, tmp_path):
 )
 def test_a_checkpoint_of_another_model(change, said, finished, data, tmp_path):
     trainer = make_trainer(config_of(data, "hydra", "equiformer_v2", **change), tmp_path)
-    for kind in ("hydra", "one-piece", "dens"):
+    for kind in ("hydra", "legacy", "dens"):
         _, path = finished(kind, "equiformer_v2")
         with pytest.raises(ConfigError, match=f"the checkpoint is of another model .* {said}"):
             trainer.load_checkpoint(str(path))

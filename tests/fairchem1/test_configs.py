@@ -392,7 +392,7 @@ def test_the_key_of_older_oc22_configs_does_nothing_in_this_host(rows, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["dens_oc20_2m_12epochs", "dens_oc20_all_md"])
-def test_weight_decay_is_that_of_the_authors_one_piece_model(name):
+def test_weight_decay_is_that_of_the_authors_legacy_model(name):
     config = small(load(name), {}, {})
     block, _ = to_hydra(config["model"])
     backbone = {key: value for key, value in block["backbone"].items() if key != "model"}

@@ -260,7 +260,7 @@ def test_a_step_on_gradient_forces_beside_denoising_has_the_right_slope(name):
     assert abs(slope - difference) < 1e-5 * abs(difference)
 
 
-# --- legacy one-piece models ------------------------------------------------------------------------------------------
+# --- legacy models ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -274,25 +274,25 @@ def test_a_step_on_gradient_forces_beside_denoising_has_the_right_slope(name):
         ("dimenetplusplus", {}),
     ],
 )
-def test_the_twin_computes_what_the_one_piece_model_does_bit_for_bit(name, options, training):
+def test_the_hydra_computes_what_the_legacy_model_does_bit_for_bit(name, options, training):
     claims = CLAIMS[name]
     backbone = {key: value for key, value in {**claims.backbone, **options}.items() if key != "model"}
     block = {"name": name.split()[0], **backbone}
-    twin_block, dens = to_hydra(block)
+    hydra_block, dens = to_hydra(block)
     assert dens == {}
-    assert to_hydra(twin_block) == (twin_block, {})
-    assert {key: twin_block["backbone"][key] for key in backbone} == backbone
+    assert to_hydra(hydra_block) == (hydra_block, {})
+    assert {key: hydra_block["backbone"][key] for key in backbone} == backbone
     for head, expected in claims.heads.items():
-        assert twin_block["heads"][head]["module"] == expected["module"]
-    original, twin = _built(block), _built({**twin_block, "denoising": SCD})
+        assert hydra_block["heads"][head]["module"] == expected["module"]
+    original, converted = _built(block), _built({**hydra_block, "denoising": SCD})
     state = {hydra_key(key): value + 0.01 for key, value in original.state_dict().items()}
     original.load_state_dict({key: value + 0.01 for key, value in original.state_dict().items()})
-    keys = twin.load_state_dict(state, strict=False)
+    keys = converted.load_state_dict(state, strict=False)
     assert not keys.unexpected_keys
     assert all(key.startswith("denoising.") for key in keys.missing_keys)
-    original.train(training), twin.train(training)
+    original.train(training), converted.train(training)
     expected, expected_gradients = gradients(original, claims.batch())
-    out, found = gradients(twin, claims.batch())
+    out, found = gradients(converted, claims.batch())
     assert set(out) == set(expected) == {"energy", "forces"}
     assert expected["forces"].any()
     for key, value in expected.items():
@@ -360,11 +360,11 @@ def test_an_export_holds_the_average_whole_and_needs_no_scale_file(name, data, t
 
 
 @pytest.mark.parametrize("name", ["gemnet_t", "gemnet_oc", "dimenetplusplus"])
-def test_a_converted_model_decays_what_its_one_piece_model_did(name):
+def test_a_converted_model_decays_what_its_legacy_model_did(name):
     block = {"name": name, **{key: value for key, value in CLAIMS[name].backbone.items() if key != "model"}}
-    original, twin = _built(block), _built({**to_hydra(block)[0], "denoising": SCD})
-    spared = twin.no_weight_decay()
+    original, converted = _built(block), _built({**to_hydra(block)[0], "denoising": SCD})
+    spared = converted.no_weight_decay()
     host = {key for key in spared if not key.startswith("denoising.")}
     assert host == {hydra_key(key) for key in original.no_weight_decay()}
-    added = dict(twin.denoising.named_parameters(prefix="denoising"))
+    added = dict(converted.denoising.named_parameters(prefix="denoising"))
     assert {key for key, p in added.items() if p.dim() < 2} == spared - host

@@ -1,4 +1,4 @@
-"""Legacy one-piece models, and old configs, are trained as what they always were."""
+"""Legacy models, and old configs, are trained as what they always were."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DENS = {"dens": {"prob": 1.0}}
 
 
 def legacy(name, **changes):
-    """The model block of a one-piece model."""
+    """The model block of a legacy model."""
     return {"name": name, **{k: v for k, v in copy.deepcopy(BACKBONES[name]).items() if k != "model"}, **changes}
 
 
@@ -36,17 +36,17 @@ def built(block):
     return registry.get_model_class(block.pop("name"))(**block)
 
 
-# --- the twin -------------------------------------------------------------------------------------------------------
+# --- the hydra ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_one_piece_model_becomes_a_hydra_of_the_same_arguments(name):
+def test_a_legacy_model_becomes_a_hydra_of_the_same_arguments(name):
     block = legacy(name)
     before = copy.deepcopy(block)
-    twin, dens = to_hydra(block)
+    converted, dens = to_hydra(block)
     assert block == before, "the config was changed in place"
     assert dens == {}
-    assert twin == {
+    assert converted == {
         "name": "fairchem_scd.DenoisingHydra",
         "backbone": BACKBONES[name],
         "heads": HEADS[name],
@@ -54,7 +54,7 @@ def test_a_one_piece_model_becomes_a_hydra_of_the_same_arguments(name):
         "pass_through_head_outputs": True,
         "legacy_weight_decay": True,
     }
-    assert to_hydra(twin) == (twin, {})
+    assert to_hydra(converted) == (converted, {})
 
 
 def test_weights_are_named_as_by_the_hosts_own_converter(tmp_path):
@@ -82,21 +82,21 @@ def test_weights_are_named_as_by_the_hosts_own_converter(tmp_path):
     ],
     ids=["plain", "dropout", "shared embedding", "references", "plain", "two resolutions"],
 )
-def test_the_twin_computes_what_the_one_piece_model_does_bit_for_bit(name, options, training, rows):
+def test_the_hydra_computes_what_the_legacy_model_does_bit_for_bit(name, options, training, rows):
     block = legacy(name, **options)
-    twin_block, _ = to_hydra(block)
+    hydra_block, _ = to_hydra(block)
     block.pop("use_tp_reparam", None)
-    original, twin = built(block), built({**twin_block, "denoising": DENS})
-    assert isinstance(twin, DenoisingHydra)
+    original, converted = built(block), built({**hydra_block, "denoising": DENS})
+    assert isinstance(converted, DenoisingHydra)
     state = {hydra_key(key): value for key, value in original.state_dict().items()}
-    keys = twin.load_state_dict(state, strict=False)
+    keys = converted.load_state_dict(state, strict=False)
     assert not keys.unexpected_keys
     assert all(key.startswith("denoising.") for key in keys.missing_keys)
 
-    original.train(training), twin.train(training)
+    original.train(training), converted.train(training)
     batch = collate(rows[:3])
     expected, expected_gradients = gradients(original, batch)
-    out, found = gradients(twin, batch)
+    out, found = gradients(converted, batch)
     assert set(out) == set(expected) == {"energy", "forces"}
     for key in expected:
         assert torch.equal(out[key], expected[key]), key
@@ -137,15 +137,15 @@ def test_the_optimiser_decays_what_it_always_did(name, options, data, tmp_path):
     assert sorted(added) == sorted(["encoding.force_weight", *(f"noise_head.{n}" for n in forces[1])])
 
 
-# --- what the twin cannot keep --------------------------------------------------------------------------------------
+# --- what the hydra cannot keep -------------------------------------------------------------------------------------
 
 
-def test_activation_checkpointing_is_kept_where_the_twin_has_it(caplog):
+def test_activation_checkpointing_is_kept_where_the_hydra_has_it(caplog):
     with pytest.raises(TypeError, match="activation_checkpoint"):
-        built(legacy("equiformer_v2", activation_checkpoint=True))  # the one-piece model never had it
+        built(legacy("equiformer_v2", activation_checkpoint=True))  # the legacy model never had it
     with caplog.at_level(logging.WARNING):
-        twin, _ = to_hydra(legacy("equiformer_v2", activation_checkpoint=True))
-    assert twin["backbone"]["activation_checkpoint"] is True
+        converted, _ = to_hydra(legacy("equiformer_v2", activation_checkpoint=True))
+    assert converted["backbone"]["activation_checkpoint"] is True
     assert "activation_checkpoint" not in caplog.text
     with caplog.at_level(logging.WARNING):
         to_hydra(legacy("escn", activation_checkpoint=False))
