@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fairchem_scd.fairchem1.trainer.step import DenoisingStep
+from fairchem_scd.fairchem1.trainer.step_state import DenoisingStep
 from fairchem_scd.testing import collate, make_trainer, on_ranks, slabs, stirred
 from tests.support.configs import pretraining, tiny_config
 from tests.support.models import edge_frames_without_chance

@@ -10,16 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from fairchem.core.common.registry import registry
 from torch import Tensor
 
 from fairchem_scd.denoising import loss
-
-if TYPE_CHECKING:
-    from fairchem_scd.fairchem1.trainer.step import DenoisingStep
+from fairchem_scd.fairchem1.trainer.step_state import DenoisingStep, LossTerms
 
 HostFunctions = Sequence[tuple[str, Mapping[str, Any]]]
 """(output, {fn, coefficient}) as the host keeps them."""
@@ -34,13 +32,6 @@ class HostLoss(Protocol):
     reduction: loss.Reduction
 
     def __call__(self, input: Tensor, target: Tensor, natoms: Tensor) -> Tensor: ...
-
-
-class LossTerms(dict[str, Tensor]):
-    """The terms of one step's loss by name, without gradient, for the log."""
-
-    def note(self, name: str, value: Tensor) -> None:
-        self[name] = self.get(name, 0) + value.detach()
 
 
 @contextmanager
