@@ -59,5 +59,5 @@ def test_ci_runs_every_command():
 
 
 def test_no_stand_in_text_is_left():
-    meant = ("PYG_WHEELS", "CONTRIBUTING")
+    meant = ("PYG_WHEELS", "CONTRIBUTING", "OMP_NUM_THREADS")
     assert not [word for word in re.findall(r"[A-Z_]{10,}", README) if word not in meant], "capitals: a placeholder?"
