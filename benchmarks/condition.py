@@ -30,7 +30,7 @@ from benchmarks import structures
 from benchmarks.common import existing_folder, use_threads
 from benchmarks.noise import dimensions, noise_errors, told_differences
 from benchmarks.results import Results, environment
-from benchmarks.trained import Length, Model, Watch, denoiser
+from benchmarks.trained import Length, Model, Watch, averaged, denoiser
 
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {"condition": []},
@@ -134,7 +134,13 @@ def train(run: Run, folder: Path | None) -> dict[str, Any]:
         if run.form == "difference":
             told_differences(trainer._unwrapped_model)
         watch = Watch(trainer, lambda t: judge(t, run.form), 4, "denoising_pos_mae")
-        return watch.train(trainer)
+        scores = watch.train(trainer)
+        with averaged(trainer):  # structure by structure, to compare runs with each other
+            scores["structures"] = {
+                told: [round(error, 5) for error in noise_errors(trainer, told).tolist()]
+                for told in (("none",) if run.form == "plain" else ("right", "other", "none"))
+            }
+        return scores
 
 
 def main(arguments: list[str] | None = None) -> None:
