@@ -17,6 +17,7 @@ from ase import Atoms
 from torch import nn
 
 from benchmarks.common import DENOISING, PLAIN, hydra, make_trainer, training
+from benchmarks.neighbors import KeptNeighbors
 from benchmarks.noise import noise_errors
 from benchmarks.structures import KeptAseDB, Splits, write
 
@@ -169,6 +170,7 @@ def train_labels(
             seed=seed,
             denoising=dict(denoising),
         )
+        KeptNeighbors(trainer._unwrapped_model.backbone)
         if quiet_heads:
             quieten(trainer)
         watch = Watch(trainer, lambda t: errors(t, t.val_dataset), points, "forces_mae")
@@ -243,7 +245,7 @@ def denoiser(
     seed: int,
 ) -> Any:
     """A trainer of denoising alone, which reads no labels."""
-    return make_trainer(
+    trainer = make_trainer(
         DENOISING,
         model.block(),
         {
@@ -260,6 +262,8 @@ def denoiser(
         supervised=False,
         folder=folder,
     )
+    KeptNeighbors(trainer._unwrapped_model.backbone)
+    return trainer
 
 
 def pretrain(model: Model, how: Pretraining, splits: Splits, checkpoint: Path) -> dict[str, Any]:
