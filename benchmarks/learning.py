@@ -97,22 +97,22 @@ def pretrainings(seed: int, length: Length) -> dict[str, Pretraining | None]:
 def suite(name: str, seeds: list[int], data: list[str] | None) -> Iterator[Run]:
     """The runs of a suite, in an order that gives whole comparisons early."""
     if name == "few":
-        before = Length(600, 4, 1e-3, weight_decay=0.01, clip=1.0)
+        before = Length(400, 4, 2e-3, weight_decay=0.01, clip=1.0)
         for some in data or ("Mo", "Li"):
             for budgets in ((24,), (None,), (96,), (12, 48)):
                 for seed in seeds:
                     for labels in budgets:
                         for arm, pretraining in pretrainings(seed, before).items():
-                            yield Run(some, arm, labels, seed, SMALL, Length(300, 4, 1e-3), pretraining=pretraining)
+                            yield Run(some, arm, labels, seed, SMALL, Length(300, 4, 2e-3), pretraining=pretraining)
     elif name == "long":
         for some in data or ("Mo", "Li"):
             for seed in seeds:
                 for arm in (PLAIN, "DeNS, coefficient 100", "SCD beside labels"):
-                    yield Run(some, arm, None, seed, SMALL, Length(1200, 4, 1e-3), TASKS.get(arm, {}))
+                    yield Run(some, arm, None, seed, SMALL, Length(1200, 4, 2e-3), TASKS.get(arm, {}))
     elif name == "tune":
         for some in data or ("Mo",):
             for arm in (PLAIN, *TASKS):
-                yield Run(some, arm, 96, 0, SMALL, Length(600, 4, 1e-3), TASKS.get(arm, {}))
+                yield Run(some, arm, 96, 0, SMALL, Length(600, 4, 2e-3), TASKS.get(arm, {}))
     elif name == "equiformer":
         model = Model("equiformer_v2", layers=2, channels=32)
         before = Length(300, 8, 1e-3, weight_decay=0.01, clip=1.0)

@@ -14,6 +14,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def labels_for(error: float, curve: dict[int, float]) -> float | None:
     None where the error lies outside of what the curve reaches.
     """
     points = sorted(curve.items())
-    for (few, high), (many, low) in zip(points, points[1:], strict=False):
+    for (few, high), (many, low) in pairwise(points):
         if high >= error >= low and high > low:
             share = math.log(high / error) / math.log(high / low)
             return few * (many / few) ** share

@@ -24,7 +24,10 @@ from benchmarks.structures import KeptAseDB, Splits, write
 
 @dataclass(frozen=True)
 class Model:
-    """Arguments of `common.hydra`: backbone, number of blocks, channels, highest degree, cutoff in Å, neighbours."""
+    """Arguments of `common.hydra`: backbone, blocks, channels, highest degree, cutoff in Å, neighbours; radial basis.
+
+    `lmax` counts for EquiformerV2 alone, `radial` for PaiNN alone.
+    """
 
     backbone: str = "painn"
     layers: int = 3
@@ -32,12 +35,17 @@ class Model:
     lmax: int = 2
     radius: float = 4.2
     neighbors: int = 30
+    radial: int = 32
     mixed_sizes: bool = True
 
     def block(self) -> dict[str, Any]:
         """The `model:` block."""
         sizes = asdict(self)
-        return hydra(sizes.pop("backbone"), **sizes)
+        name, radial = sizes.pop("backbone"), sizes.pop("radial")
+        block = hydra(name, **sizes)
+        if name == "painn":
+            block["backbone"]["num_rbf"] = radial
+        return block
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,7 @@ def train_labels(
     denoising: Mapping[str, Any],
     start: Path | None,
     quiet_heads: bool,
-    points: int = 6,
+    points: int = 5,
 ) -> dict[str, Any]:
     """Train energies and forces, and score them.
 
