@@ -8,11 +8,13 @@ not run again, and several processes may share the file:
     python -m benchmarks.learning long --data FOLDER --only Mo
     python -m benchmarks.report
 
-Suites:
+Suites, which --only, --arms, --labels and --seeds narrow down:
 
-- tune: settings of the tasks beside labels, judged on held-out structures alone;
-- few: few labels, from random weights and after pre-training on all structures of the training data;
-- long: many passes over all labels, each task beside them;
+- few: few labels, from random weights and after pre-training on the structures of all training data;
+- compute: plain training from random weights for as long as pre-training and fine-tuning together;
+- heads: as few, with energy heads that start as the host has them;
+- long: many passes over all labels, a task beside them;
+- tune: settings of the tasks beside labels, to be judged on held-out structures;
 - equiformer: few labels on EquiformerV2.
 """
 
@@ -20,8 +22,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,72 +62,93 @@ class Run:
     quiet_heads: bool = True
 
 
+PLAIN = "plain"
 SMALL = Model(layers=2, channels=32)
-PLAIN, NOISE_FIRST, SCD_FIRST = "plain", "plain denoising, then plain", "SCD, then plain"
+EQUIFORMER = Model("equiformer_v2", layers=2, channels=32)
 
-# Loss of predicting zero for noise and for forces, at coefficient 10 and 100: 2.7 on OC20, a twentieth of it where the
-# normaliser is fitted to small data. So DeNS is tried with coefficients that make up for that.
+
+def _dens(**settings: float) -> dict[str, Any]:
+    return {"dens": {"prob": 0.5, "std": 0.1, "corrupt_ratio": 0.5, "coefficient": 100.0, **settings}}
+
+
+def _scd(**settings: Any) -> dict[str, Any]:
+    return {"scd": {"std": 0.04, "coefficient": 10.0, **settings}}
+
+
+# Predicting zero for noise loses 2.7 times what it loses for forces on OC20, at coefficients 10 and 100, but a
+# twentieth of that on small data whose normaliser is fitted. So DeNS is tried with a coefficient that makes up for it.
 TASKS: dict[str, dict[str, Any]] = {
     "noisy nodes": {"noisy_nodes": {"std": 5e-4, "coefficient": 0.1}},
-    "DeNS": {"dens": {"prob": 0.5, "std": 0.1, "corrupt_ratio": 0.5, "coefficient": 10.0}},
-    "DeNS, coefficient 100": {"dens": {"prob": 0.5, "std": 0.1, "corrupt_ratio": 0.5, "coefficient": 100.0}},
-    "DeNS, σ 0.05, coefficient 100": {"dens": {"prob": 0.5, "std": 0.05, "corrupt_ratio": 0.5, "coefficient": 100.0}},
-    "DeNS, prob 0.25, coefficient 100": {
-        "dens": {"prob": 0.25, "std": 0.1, "corrupt_ratio": 0.5, "coefficient": 100.0}
-    },
-    "SCD beside labels": {"scd": {"std": 0.04, "coefficient": 10.0}},
-    "SCD beside labels, coefficient 100": {"scd": {"std": 0.04, "coefficient": 100.0}},
-    "plain denoising beside labels": {"scd": {"condition": [], "std": 0.04, "coefficient": 10.0}},
-    "plain denoising beside labels, coefficient 100": {"scd": {"condition": [], "std": 0.04, "coefficient": 100.0}},
-    "force-denoise": {"scd": {"condition": [], "std": 0.005, "coefficient": 10.0}},
-    "DeNS and SCD in turns": {
-        "dens": {"prob": 0.5, "std": 0.1, "corrupt_ratio": 0.5, "coefficient": 100.0},
-        "scd": {"prob": 0.5, "std": 0.04, "coefficient": 10.0},
-    },
+    "DeNS, coefficient 10": _dens(coefficient=10.0),
+    "DeNS, coefficient 100": _dens(),
+    "DeNS, σ 0.05, coefficient 100": _dens(std=0.05),
+    "DeNS, prob 0.25, coefficient 100": _dens(prob=0.25),
+    "SCD beside labels, coefficient 10": _scd(),
+    "SCD beside labels, coefficient 100": _scd(coefficient=100.0),
+    "plain denoising beside labels, coefficient 10": _scd(condition=[]),
+    "plain denoising beside labels, coefficient 100": _scd(condition=[], coefficient=100.0),
+    "force-denoise": _scd(condition=[], std=0.005),
+    "DeNS and SCD in turns": {**_dens(), "scd": {**_scd()["scd"], "prob": 0.5}},
 }
-"""The `task.denoising` block of each arm that denoises beside the labels."""
+"""The `task.denoising` block of each arm that denoises beside the labels; any other arm has none."""
+
+STARTS: dict[str, dict[str, Any]] = {
+    "plain denoising": {"condition": [], "std": 0.04},
+    "SCD": {"std": 0.04},
+}
+"""Settings of `task.denoising.scd` in pre-training. An arm that has one is called `START, then TASK`."""
+
+PRETRAINED = tuple(f"{start}, then {PLAIN}" for start in STARTS)
+ARMS = (PLAIN, *TASKS, *PRETRAINED, "SCD, then DeNS, coefficient 100")
 
 
-def pretrainings(seed: int, length: Length) -> dict[str, Pretraining | None]:
-    """What comes before the labels, by arm; equally many steps."""
-    return {
-        PLAIN: None,
-        NOISE_FIRST: Pretraining({"condition": [], "std": 0.04}, length, seed),
-        SCD_FIRST: Pretraining({"std": 0.04}, length, seed),
-    }
+@dataclass(frozen=True)
+class Suite:
+    """Arms × data × labels × seeds.
+
+    Attributes:
+        budgets: numbers of labels, None for all, in groups: a group is run for all seeds before the next.
+        before: how long pre-training is.
+    """
+
+    data: tuple[str, ...]
+    budgets: tuple[tuple[int | None, ...], ...]
+    arms: tuple[str, ...]
+    model: Model
+    lengths: tuple[Length, ...]
+    before: Length
+    quiet_heads: bool = True
+
+    def runs(self, seeds: Sequence[int]) -> Iterator[Run]:
+        """All runs, in an order that gives whole comparisons early."""
+        for data, budgets, seed in product(self.data, self.budgets, seeds):
+            for labels, length, arm in product(budgets, self.lengths, self.arms):
+                start, _, task = arm.rpartition(", then ")
+                before = Pretraining(STARTS[start], self.before, seed) if start else None
+                denoising = TASKS.get(task, {})
+                yield Run(data, arm, labels, seed, self.model, length, denoising, before, self.quiet_heads)
 
 
-def suite(name: str, seeds: list[int], data: list[str] | None) -> Iterator[Run]:
-    """The runs of a suite, in an order that gives whole comparisons early."""
-    if name == "few":
-        before = Length(400, 4, 2e-3, weight_decay=0.01, clip=1.0)
-        for some in data or ("Mo", "Li"):
-            for budgets in ((24,), (None,), (96,), (12, 48)):
-                for seed in seeds:
-                    for labels in budgets:
-                        for arm, pretraining in pretrainings(seed, before).items():
-                            yield Run(some, arm, labels, seed, SMALL, Length(300, 4, 2e-3), pretraining=pretraining)
-    elif name == "long":
-        for some in data or ("Mo", "Li"):
-            for seed in seeds:
-                for arm in (PLAIN, "DeNS, coefficient 100", "SCD beside labels"):
-                    yield Run(some, arm, None, seed, SMALL, Length(1200, 4, 2e-3), TASKS.get(arm, {}))
-    elif name == "tune":
-        for some in data or ("Mo",):
-            for arm in (PLAIN, *TASKS):
-                yield Run(some, arm, 96, 0, SMALL, Length(600, 4, 2e-3), TASKS.get(arm, {}))
-    elif name == "equiformer":
-        model = Model("equiformer_v2", layers=2, channels=32)
-        before = Length(300, 8, 1e-3, weight_decay=0.01, clip=1.0)
-        for seed in seeds:
-            for some in data or ("Mo",):
-                for arm, pretraining in pretrainings(seed, before).items():
-                    yield Run(some, arm, 24, seed, model, Length(200, 4, 1e-3), pretraining=pretraining)
-    else:
-        raise ValueError(f"unknown suite {name!r}; known: {', '.join(SUITES)}")
-
-
-SUITES = ("few", "long", "tune", "equiformer")
+_METALS = ("Mo", "Li")
+_BEFORE = Length(400, 4, 2e-3, weight_decay=0.01, clip=1.0)
+_BESIDE = (PLAIN, "DeNS, coefficient 100", "SCD beside labels, coefficient 10")
+_FEW = Suite(_METALS, ((24,), (None,), (96,), (12, 48)), (PLAIN, *PRETRAINED), SMALL, (Length(300, 4, 2e-3),), _BEFORE)
+SUITES = {
+    "few": _FEW,
+    # A step of pre-training costs about one and two plain ones.
+    "compute": replace(_FEW, arms=(PLAIN,), lengths=(Length(700, 4, 2e-3), Length(1100, 4, 2e-3))),
+    "heads": replace(_FEW, budgets=((24,),), quiet_heads=False),
+    "long": replace(_FEW, budgets=((None,),), arms=_BESIDE, lengths=(Length(1200, 4, 2e-3),)),
+    "tune": Suite(("Mo",), ((96,),), (PLAIN, *TASKS), SMALL, (Length(600, 4, 2e-3),), _BEFORE),
+    "equiformer": Suite(
+        ("Mo",),
+        ((24,),),
+        (PLAIN, *PRETRAINED),
+        EQUIFORMER,
+        (Length(200, 4, 1e-3),),
+        Length(300, 4, 1e-3, weight_decay=0.01, clip=1.0),
+    ),
+}
 
 
 def start_of(run: Run, splits: structures.Splits, results: Results, name: str) -> Path | None:
@@ -150,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_flush_denormal(True)  # radial bases make many numbers too small to count, and slow
     logging.getLogger().setLevel(logging.ERROR)
     results = Results(options.results)
-    for run in suite(options.suite, options.seeds, options.only):
+    for run in chosen(options):
         with results.claimed(asdict(run)) as mine:
             if not mine:
                 continue
@@ -174,6 +198,14 @@ def main(arguments: list[str] | None = None) -> None:
             )
 
 
+def chosen(options: argparse.Namespace) -> Iterator[Run]:
+    """The runs of the suite that the options leave."""
+    for run in SUITES[options.suite].runs(options.seeds):
+        narrowed = ((options.only, run.data), (options.arms, run.arm), (options.labels, str(run.labels or "all")))
+        if all(wanted is None or value in wanted for wanted, value in narrowed):
+            yield run
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     summary, _, epilog = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -186,6 +218,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("suite", choices=SUITES, help="which runs")
     add("--data", type=existing_folder, metavar="FOLDER", help="folder of the ASE databases")
     add("--only", nargs="+", choices=structures.LABELLED, metavar="DATA", help="these data alone")
+    add("--arms", nargs="+", choices=ARMS, metavar="ARM", help="these arms alone, by their names")
+    add("--labels", nargs="+", metavar="N", help="these numbers of labels alone; all: every one")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     add("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines, one a finished run; appended to")
     add("--threads", type=int, metavar="N", help="CPU threads (default: OMP_NUM_THREADS, else all cores)")

@@ -1,0 +1,219 @@
+"""Tables of docs/evidence.md, of the lines of the files of results."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+FIRST = "plain"
+"""The arm that others are compared with."""
+
+Record = dict[str, Any]
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean ± standard deviation; the number alone where there is one."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def change(values: dict[int, float], plain: dict[int, float]) -> str:
+    """Change against the plain runs of the same seeds in percent, mean ± standard deviation over them."""
+    shared = sorted(values.keys() & plain.keys())
+    if not shared:
+        return ""
+    percents = [100 * (values[seed] / plain[seed] - 1) for seed in shared]
+    deviation = f" ± {statistics.stdev(percents):.0f}" if len(percents) > 1 else ""
+    return f"{statistics.mean(percents):+.0f}{deviation} %"
+
+
+def labels_for(error: float, curve: dict[int, float]) -> float | None:
+    """How many labels a curve {labels: error} needs for an error, between its points, straight in log-log.
+
+    None where the error lies outside of what the curve reaches.
+    """
+    points = sorted(curve.items())
+    for (few, high), (many, low) in pairwise(points):
+        if high >= error >= low and high > low:
+            share = math.log(high / error) / math.log(high / low)
+            return few * (many / few) ** share
+    return None
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+def trained(records: Iterable[Record], *suites: str) -> list[Record]:
+    """Runs that were trained on labels, of these suites."""
+    return [r for r in records if r["suite"] in suites and "arm" in r["run"]]
+
+
+def by_seed(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, dict[int, Record]]:
+    """Records by key, and by seed under it, in order of first sight."""
+    groups: dict[Any, dict[int, Record]] = defaultdict(dict)
+    for record in records:
+        groups[key(record)][record["run"]["seed"]] = record
+    return dict(groups)
+
+
+def arms_table(records: list[Record], split: str = "test") -> str:
+    """Errors of each arm, and their change against plain training by seed."""
+
+    def setting(record: Record) -> tuple[Any, ...]:
+        run = record["run"]
+        return run["data"], run["model"]["backbone"], number_of_labels(record), run["length"]["steps"]
+
+    groups = by_seed(records, lambda record: (*setting(record), record["run"]["arm"]))
+    rows = []
+    for key in sorted(groups, key=lambda key: key[:-1]):
+        *head, arm = key
+        seeds, plain = groups[key], groups.get((*head, FIRST), {})
+        cells = []
+        for name in ("force_mae", "energy_mae"):
+            values, base = ({seed: _milli(r, name, split) for seed, r in g.items()} for g in (seeds, plain))
+            cells += [spread([*values.values()]), "" if arm == FIRST else change(values, base)]
+        rows.append([*map(str, head), arm, str(len(seeds)), *cells])
+    heads = ["data", "backbone", "labels", "steps", "training", "seeds"]
+    return table([*heads, "force MAE, meV/Å", "change", "energy MAE, meV/atom", "change"], rows)
+
+
+def _milli(record: Record, name: str, split: str = "test") -> float:
+    return 1000 * record["scores"][split][name]
+
+
+def compute_table(records: list[Record]) -> str:
+    """Test errors beside what a run cost, pre-training included, in steps of plain training."""
+    base = {key: statistics.median(seconds) for key, seconds in _plain_seconds(records).items()}
+    before = by_seed(
+        (r for r in records if "arm" not in r["run"]),
+        lambda r: (r["run"]["data"], repr(r["run"]["model"]), repr(r["run"]["pretraining"]["scd"])),
+    )
+    groups = by_seed(
+        (r for r in records if "arm" in r["run"]),
+        lambda r: (r["run"]["data"], number_of_labels(r), r["run"]["arm"], r["run"]["length"]["steps"]),
+    )
+    rows = []
+    for (data, labels, arm, steps), seeds in groups.items():
+        run = next(iter(seeds.values()))["run"]
+        cost = float(steps)
+        if run["pretraining"] is not None:
+            runs = before.get((data, repr(run["model"]), repr(run["pretraining"]["scd"])), {}).values()
+            seconds = [r["scores"]["seconds_per_step"] * r["scores"]["steps"] for r in runs]
+            unit = base.get((data, run["model"]["backbone"]))
+            cost = steps + statistics.median(seconds) / unit if seconds and unit else math.nan
+        cells = [spread([_milli(r, name) for r in seeds.values()]) for name in ("force_mae", "energy_mae")]
+        rows.append((data, labels, cost, [arm, str(steps), f"{cost:.0f}", str(len(seeds)), *cells]))
+    rows.sort(key=lambda row: row[:3])
+    heads = ["data", "labels", "training", "steps with labels", "cost in plain steps", "seeds"]
+    return table(
+        [*heads, "force MAE, meV/Å", "energy MAE, meV/atom"],
+        ([data, str(labels), *cells] for data, labels, _, cells in rows),
+    )
+
+
+def saved_table(records: list[Record]) -> str:
+    """How many times fewer labels than plain training an arm needs for its own force error."""
+    rows = []
+    groups = by_seed(records, lambda r: (r["run"]["data"], r["run"]["arm"], number_of_labels(r)))
+    for data, arm, labels in sorted(groups, key=lambda key: (key[0], key[2], key[1])):
+        if arm == FIRST or labels == ALL[data]:
+            continue
+        factors, beyond = [], 0
+        for seed, record in groups[data, arm, labels].items():
+            curve = {
+                number_of_labels(seeds[seed]): seeds[seed]["scores"]["test"]["force_mae"]
+                for (d, a, _), seeds in groups.items()
+                if d == data and a == FIRST and seed in seeds
+            }
+            needed = labels_for(record["scores"]["test"]["force_mae"], curve)
+            if needed is not None:
+                factors.append(needed / labels)
+            elif curve and record["scores"]["test"]["force_mae"] < min(curve.values()):
+                beyond += 1
+        shown = spread(factors) if factors else ""
+        more = f"{beyond} of them better than plain training with all labels" if beyond else ""
+        rows.append([data, arm, str(labels), str(len(groups[data, arm, labels])), shown, more])
+    return table(["data", "training", "labels", "seeds", "plain training needs so many times more", ""], rows)
+
+
+def number_of_labels(record: Record) -> int:
+    """Number of structures with labels, also where it is all of them."""
+    return record["run"]["labels"] or ALL[record["run"]["data"]]
+
+
+ALL = {"Mo": 155, "Li": 193, "oxides": 189, "slabs": 960}
+"""How many training structures there are, see `structures.load`."""
+
+
+def cost_table(records: list[Record]) -> str:
+    """Processor time of a step of each arm and of pre-training, in seconds and in steps of plain training."""
+    base = {key: statistics.median(seconds) for key, seconds in _plain_seconds(records).items()}
+    groups: dict[Any, list[float]] = defaultdict(list)
+    for record in records:
+        run = record["run"]
+        what = "plain training" if run.get("arm", "").endswith(FIRST) else run.get("arm")
+        if what is None:
+            plain = run["pretraining"]["scd"].get("condition") == []
+            what = f"pre-training, {'plain denoising' if plain else 'SCD'}"
+        groups[run["data"], run["model"]["backbone"], what].append(record["scores"]["seconds_per_step"])
+    rows = []
+    for (data, backbone, what), seconds in groups.items():
+        median, unit = statistics.median(seconds), base.get((data, backbone))
+        ratio = f"{median / unit:.2f}" if unit else ""
+        rows.append([data, backbone, what, str(len(seconds)), f"{median:.3f}", f"{min(seconds):.3f}", ratio])
+    return table(["data", "backbone", "step of", "runs", "median, s", "least, s", "in plain steps"], rows)
+
+
+def _plain_seconds(records: Iterable[Record]) -> dict[tuple[str, str], list[float]]:
+    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for record in records:
+        run = record["run"]
+        if run.get("arm", "").endswith(FIRST):  # also after pre-training: the steps are the same
+            groups[run["data"], run["model"]["backbone"]].append(record["scores"]["seconds_per_step"])
+    return groups
+
+
+# --- the condition ----------------------------------------------------------------------------------------------------
+
+
+def ladder_table(records: list[Record]) -> str:
+    """Noise errors at the end of each run, and what the condition explains."""
+    plain = {_but_form(r): r for r in records if r["run"]["form"] == "plain"}
+    rows = []
+    for record in sorted(records, key=lambda r: (r["run"]["data"], r["run"]["model"]["channels"], r["run"]["seed"])):
+        run, last = record["run"], record["scores"]["curve"][-1]
+        cells = [_with_error(last.get(told)) for told in ("right", "other", "none")]
+        beside = plain.get(_but_form(record))
+        ratio = ""
+        if beside is not None and run["form"] != "plain":
+            ratio = ratio_of(record["scores"]["structures"]["right"], beside["scores"]["structures"]["none"])
+        head = [run["data"], str(run["model"]["channels"]), str(record["scores"]["steps"]), str(run["seed"])]
+        rows.append([*head, run["form"], *cells, ratio, f"{last['dimensions']:.1f}" if "dimensions" in last else ""])
+    heads = ["data", "channels", "steps", "seed", "told", "right", "another's", "none", "right / plain denoising"]
+    return table([*heads, "dimensions"], rows)
+
+
+def ratio_of(errors: Sequence[float], others: Sequence[float]) -> str:
+    """Ratio of the means of paired errors, with its standard error over structures."""
+    top, bottom = statistics.mean(errors), statistics.mean(others)
+    ratio = top / bottom
+    rest = [a - ratio * b for a, b in zip(errors, others, strict=True)]
+    return f"{ratio:.3f} ± {statistics.stdev(rest) / bottom / math.sqrt(len(rest)):.3f}"
+
+
+def _with_error(pair: Sequence[float] | None) -> str:
+    return "" if pair is None else f"{pair[0]:.4f} ± {pair[1]:.4f}"
+
+
+def _but_form(record: Record) -> str:
+    return repr(sorted((key, repr(value)) for key, value in record["run"].items() if key != "form"))
