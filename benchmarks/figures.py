@@ -24,7 +24,10 @@ def draw_labels(records: list[Record], path: Path) -> None:
         for axes, (name, label) in zip(row, units, strict=True):
             for i, arm in enumerate(arms):
                 counts = sorted(n for d, a, n in groups if d == data and a == arm)
-                values = [[1000 * r["scores"]["test"][name] for r in groups[data, arm, n].values()] for n in counts]
+                tests = [[r["scores"]["test"] for r in groups[data, arm, n].values()] for n in counts]
+                values = [[1000 * test[name] for test in seeds if name in test] for seeds in tests]
+                if not all(values):
+                    continue
                 means = [statistics.mean(v) for v in values]
                 bars = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
                 look = {"color": style.COLORS[i], "linestyle": style.LINES[i], "marker": style.MARKERS[i]}

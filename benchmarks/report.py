@@ -31,7 +31,7 @@ PAGE = HERE.parent / "docs" / "evidence.md"
 
 def tables(learning: list[Record], condition: list[Record]) -> dict[str, str]:
     """All tables of the page, by the name of their mark."""
-    few = trained(learning, "few")
+    few = trained(learning, "few", "energies")
     before = [r for r in learning if "arm" not in r["run"]]
     return {
         "few": arms_table(few),
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     figures.mkdir(exist_ok=True)
     with style.printed():
         for draw, records, name in (
-            (draw_labels, trained(learning, "few"), "few_labels"),
+            (draw_labels, trained(learning, "few", "energies"), "few_labels"),
             (draw_curves, trained(learning, "long"), "beside_labels"),
             (draw_ladder, condition, "condition"),
         ):

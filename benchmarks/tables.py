@@ -16,7 +16,9 @@ Record = dict[str, Any]
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean ± standard deviation; the number alone where there is one."""
+    """Mean ± standard deviation; the number alone where there is one, nothing where there is none."""
+    if not values:
+        return ""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
@@ -80,7 +82,10 @@ def arms_table(records: list[Record], split: str = "test") -> str:
         seeds, plain = groups[key], groups.get((*head, FIRST), {})
         cells = []
         for name in ("force_mae", "energy_mae"):
-            values, base = ({seed: _milli(r, name, split) for seed, r in g.items()} for g in (seeds, plain))
+            values, base = (
+                {seed: _milli(r, name, split) for seed, r in g.items() if name in r["scores"][split]}
+                for g in (seeds, plain)
+            )
             cells += [spread([*values.values()]), "" if arm == FIRST else change(values, base)]
         rows.append([*map(str, head), arm, str(len(seeds)), *cells])
     heads = ["data", "backbone", "labels", "steps", "training", "seeds"]
@@ -111,7 +116,10 @@ def compute_table(records: list[Record]) -> str:
             seconds = [r["scores"]["seconds_per_step"] * r["scores"]["steps"] for r in runs]
             unit = base.get((data, run["model"]["backbone"]))
             cost = steps + statistics.median(seconds) / unit if seconds and unit else math.nan
-        cells = [spread([_milli(r, name) for r in seeds.values()]) for name in ("force_mae", "energy_mae")]
+        cells = [
+            spread([_milli(r, name) for r in seeds.values() if name in r["scores"]["test"]])
+            for name in ("force_mae", "energy_mae")
+        ]
         rows.append((data, labels, cost, [arm, str(steps), f"{cost:.0f}", str(len(seeds)), *cells]))
     rows.sort(key=lambda row: row[:3])
     heads = ["data", "labels", "training", "steps with labels", "cost in plain steps", "seeds"]
@@ -122,7 +130,7 @@ def compute_table(records: list[Record]) -> str:
 
 
 def saved_table(records: list[Record]) -> str:
-    """How many times fewer labels than plain training an arm needs for its own force error."""
+    """How many times more labels plain training needs for an arm's error, of forces where there are any."""
     rows = []
     groups = by_seed(records, lambda r: (r["run"]["data"], r["run"]["arm"], number_of_labels(r)))
     for data, arm, labels in sorted(groups, key=lambda key: (key[0], key[2], key[1])):
@@ -131,19 +139,24 @@ def saved_table(records: list[Record]) -> str:
         factors, beyond = [], 0
         for seed, record in groups[data, arm, labels].items():
             curve = {
-                number_of_labels(seeds[seed]): seeds[seed]["scores"]["test"]["force_mae"]
-                for (d, a, _), seeds in groups.items()
-                if d == data and a == FIRST and seed in seeds
+                n: _error(seeds[seed])
+                for (d, a, n), seeds in groups.items()
+                if (d, a) == (data, FIRST) and seed in seeds
             }
-            needed = labels_for(record["scores"]["test"]["force_mae"], curve)
+            needed = labels_for(_error(record), curve)
             if needed is not None:
                 factors.append(needed / labels)
-            elif curve and record["scores"]["test"]["force_mae"] < min(curve.values()):
+            elif curve and _error(record) < min(curve.values()):
                 beyond += 1
         shown = spread(factors) if factors else ""
-        more = f"{beyond} of them better than plain training with all labels" if beyond else ""
+        more = f"{beyond} of them better than plain training with any number tried" if beyond else ""
         rows.append([data, arm, str(labels), str(len(groups[data, arm, labels])), shown, more])
     return table(["data", "training", "labels", "seeds", "plain training needs so many times more", ""], rows)
+
+
+def _error(record: Record) -> float:
+    test = record["scores"]["test"]
+    return test.get("force_mae", test["energy_mae"])
 
 
 def number_of_labels(record: Record) -> int:

@@ -144,6 +144,7 @@ def train_labels(
     denoising: Mapping[str, Any],
     start: Path | None,
     quiet_heads: bool,
+    forces: bool = True,
     points: int = 5,
 ) -> dict[str, Any]:
     """Train energies and forces, and score them.
@@ -153,6 +154,7 @@ def train_labels(
         denoising: the `task.denoising` block; empty: the host's own trainer.
         start: checkpoint whose backbone to start from.
         quiet_heads: let the last layer of the energy head start at zero.
+        forces: train forces too, not energies alone.
         points: how often to look at the held-out structures.
 
     Returns:
@@ -169,7 +171,7 @@ def train_labels(
             for name, part in (("train", labelled), ("val", splits.held_out), ("test", splits.test))
         }
         test = KeptAseDB(rows.pop("test"))
-        rows["train"]["transforms"] = _FITTED
+        rows["train"]["transforms"] = _fitted(forces)
         trainer = make_trainer(
             DENOISING if denoising else PLAIN,
             block,
@@ -177,11 +179,12 @@ def train_labels(
             length.optim(len(labelled)),
             seed=seed,
             denoising=dict(denoising),
+            forces=forces,
         )
         KeptNeighbors(trainer._unwrapped_model.backbone)
         if quiet_heads:
             quieten(trainer)
-        watch = Watch(trainer, lambda t: errors(t, t.val_dataset), points, "forces_mae")
+        watch = Watch(trainer, lambda t: errors(t, t.val_dataset), points, "forces_mae" if forces else "energy_mae")
         scores = watch.train(trainer)
         with averaged(trainer):
             scores |= {"held_out": errors(trainer, trainer.val_dataset), "test": errors(trainer, test)}
@@ -190,11 +193,15 @@ def train_labels(
 
 
 _LABELS = {"r_energy": True, "r_forces": True}
-_FITTED = {
-    # Sizes vary: energies relative to the best energy per atom. All fitted by the host, to the labels trained on.
-    "element_references": {"fit": {"targets": ["energy"], "batch_size": 32}},
-    "normalizer": {"fit": {"targets": {"energy": {"mean": 0.0}, "forces": {"mean": 0.0}}, "batch_size": 32}},
-}
+
+
+def _fitted(forces: bool) -> dict[str, Any]:
+    """Sizes vary: energies relative to the best energy per atom. All fitted by the host, to the labels trained on."""
+    targets = {"energy": {"mean": 0.0}, **({"forces": {"mean": 0.0}} if forces else {})}
+    return {
+        "element_references": {"fit": {"targets": ["energy"], "batch_size": 32}},
+        "normalizer": {"fit": {"targets": targets, "batch_size": 32}},
+    }
 
 
 def quieten(trainer: Any) -> None:
@@ -223,7 +230,7 @@ def errors(trainer: Any, rows: Any, *, zero: bool = False, batch_size: int = 32)
         zero: of outputs that are zero instead.
 
     Returns:
-        `energy_mae`, eV per atom; `force_mae` and `force_rmse` of components, eV/Å.
+        `energy_mae`, eV per atom; where forces are an output, `force_mae` and `force_rmse` of components, eV/Å.
     """
     energies, forces = [], []
     for start in range(0, len(rows), batch_size):
@@ -232,11 +239,13 @@ def errors(trainer: Any, rows: Any, *, zero: bool = False, batch_size: int = 32)
         out = {name: torch.zeros_like(value) if zero else value for name, value in out.items()}
         energy = trainer._denorm_preds("energy", out["energy"], batch).view(-1)
         energies.append((energy - batch.energy) / batch.natoms)
-        forces.append(trainer._denorm_preds("forces", out["forces"], batch) - batch.forces)
-    energy, force = torch.cat(energies), torch.cat(forces)
-    named = {"energy_mae": energy.abs(), "force_mae": force.abs()}
-    means = {name: round(values.mean().item(), 6) for name, values in named.items()}
-    return {**means, "force_rmse": round(force.square().mean().sqrt().item(), 6)}
+        if "forces" in out:
+            forces.append(trainer._denorm_preds("forces", out["forces"], batch) - batch.forces)
+    found = {"energy_mae": torch.cat(energies).abs().mean()}
+    if forces:
+        force = torch.cat(forces)
+        found |= {"force_mae": force.abs().mean(), "force_rmse": force.square().mean().sqrt()}
+    return {name: round(value.item(), 6) for name, value in found.items()}
 
 
 # --- structures alone -------------------------------------------------------------------------------------------------
