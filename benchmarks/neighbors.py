@@ -17,9 +17,10 @@ MARGIN = 1.0
 
 @dataclass(frozen=True)
 class _Found:
-    """Candidates of one structure: its positions when they were found, edges [2, E] and their cell offsets [E, 3]."""
+    """Candidates of one structure: its positions and cell when found, edges [2, E] and their cell offsets [E, 3]."""
 
     pos: Tensor
+    cell: Tensor
     edges: Tensor
     offsets: Tensor
 
@@ -35,7 +36,7 @@ class KeptNeighbors:
 
     def __init__(self, backbone: Any) -> None:
         self.cutoff, self.most = backbone.cutoff, backbone.max_neighbors
-        self._found: dict[Any, _Found] = {}
+        self._found: dict[tuple[int, int], _Found] = {}  # by name and number of atoms
         backbone.generate_graph = self
 
     def __call__(self, data: Any, **ignored: Any) -> GraphData:
@@ -45,12 +46,7 @@ class KeptNeighbors:
             ValueError: an atom has more neighbours than the backbone takes.
         """
         counts = data.natoms.tolist()
-        found = [
-            self._of(pos, cell, pbc, sid)
-            for pos, cell, pbc, sid in zip(
-                data.pos.detach().split(counts), data.cell, self._pbc(data), data.sid, strict=True
-            )
-        ]
+        found = self._of(data, counts)
         firsts = [0, *torch.tensor(counts).cumsum(0).tolist()]
         edges = torch.cat([f.edges + first for f, first in zip(found, firsts, strict=False)], dim=1)
         offsets = torch.cat([f.offsets for f in found])
@@ -72,15 +68,20 @@ class KeptNeighbors:
             atomic_numbers_full=data.atomic_numbers.long(),
         )
 
-    @staticmethod
-    def _pbc(data: Any) -> Tensor:
-        return data.pbc.view(-1, 3) if "pbc" in data else torch.ones(len(data.natoms), 3, dtype=torch.bool)
+    def _of(self, data: Any, counts: list[int]) -> list[_Found]:
+        """The candidates of each structure, found now where they are not known or hold no more."""
+        keys = list(zip(map(int, data.sid), counts, strict=True))
+        if all(key in self._found for key in keys):
+            known = [self._found[key] for key in keys]
+            moved = (data.pos.detach() - torch.cat([f.pos for f in known])).norm(dim=1).max()
+            if moved <= MARGIN / 2 and torch.equal(data.cell, torch.stack([f.cell for f in known])):
+                return known
+        pbc = data.pbc.view(-1, 3) if "pbc" in data else torch.ones(len(counts), 3, dtype=torch.bool)
+        for key, pos, cell, periodic in zip(keys, data.pos.detach().split(counts), data.cell, pbc, strict=True):
+            self._found[key] = self._find(pos, cell, periodic)
+        return [self._found[key] for key in keys]
 
-    def _of(self, pos: Tensor, cell: Tensor, pbc: Tensor, sid: Any) -> _Found:
-        key = (str(sid), len(pos), cell.numpy().tobytes())
-        found = self._found.get(key)
-        if found is None or (pos - found.pos).norm(dim=1).max() > MARGIN / 2:
-            one = SimpleNamespace(pos=pos, cell=cell[None], pbc=pbc[None], natoms=torch.tensor([len(pos)]))
-            edges, offsets, _ = radius_graph_pbc(one, self.cutoff + MARGIN, 10**6, False)
-            found = self._found[key] = _Found(pos.clone(), edges, offsets.float())
-        return found
+    def _find(self, pos: Tensor, cell: Tensor, pbc: Tensor) -> _Found:
+        one = SimpleNamespace(pos=pos, cell=cell[None], pbc=pbc[None], natoms=torch.tensor([len(pos)]))
+        edges, offsets, _ = radius_graph_pbc(one, self.cutoff + MARGIN, 10**6, False)
+        return _Found(pos.clone(), cell.clone(), edges, offsets.float())
