@@ -20,7 +20,7 @@ import argparse
 import logging
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,28 +69,36 @@ _STD = {"two_atoms": 0.1, "four_atoms": 0.06, "eight_atoms": 0.06}
 
 
 _THREE = ("plain", "difference", "embedding")
+_CELLS = Model(neighbors=60, mixed_sizes=False)
+_REAL = {"oxides": Model(radius=3.5, neighbors=60), "slabs": Model(neighbors=60)}
 
 
-def suite(name: str, seeds: list[int], data: list[str] | None) -> Iterator[Run]:
-    """The runs of a suite, seed by seed, so that what is there at any time compares like with like."""
-    optimiser = {"weight_decay": 0.01, "clip": 1.0}
+def suite(name: str, seeds: list[int], data: list[str] | None, steps: int | None) -> Iterator[Run]:
+    """The runs of a suite, seed by seed, so that what is there at any time compares like with like.
+
+    Args:
+        data: these alone; None: all of the suite's.
+        steps: instead of the suite's.
+    """
+
+    def length(usual: int, batch_size: int) -> Length:
+        return Length(steps or usual, batch_size, 1e-3, weight_decay=0.01, clip=1.0)
+
     for seed in seeds:
         if name == "small":
-            length = Length(800, 16, 1e-3, **optimiser)
-            for rung in data or ("two_atoms", "four_atoms"):
-                for form in FORMS:
-                    yield Run(rung, form, _STD[rung], Model(mixed_sizes=False), length, seed)
+            for rung in data or ("two_atoms", "four_atoms", "eight_atoms"):
+                for form in (*_THREE, "mask token"):
+                    yield Run(rung, form, _STD[rung], _CELLS, length(2000, 16), seed)
         elif name == "real":
-            length = Length(800, 8, 1e-3, **optimiser)
             for rung in data or ("oxides", "Mo", "Li", "slabs"):
                 for form in _THREE:
-                    yield Run(rung, form, 0.04, Model(), length, seed)
+                    yield Run(rung, form, 0.04, _REAL.get(rung, Model()), length(1200, 8), seed)
         elif name == "frontier":
-            length = Length(1500, 16, 1e-3, **optimiser)
             for rung in data or ("four_atoms",):
                 for channels in (16, 32, 64, 128):
                     for form in _THREE:
-                        yield Run(rung, form, _STD[rung], Model(channels=channels, mixed_sizes=False), length, seed)
+                        model = replace(_CELLS, channels=channels)
+                        yield Run(rung, form, _STD[rung], model, length(2000, 16), seed)
         else:
             raise ValueError(f"unknown suite {name!r}; known: {', '.join(SUITES)}")
 
@@ -149,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_flush_denormal(True)  # radial bases make many numbers too small to count, and slow
     logging.getLogger().setLevel(logging.ERROR)
     results = Results(options.results)
-    for run in suite(options.suite, options.seeds, options.only):
+    for run in suite(options.suite, options.seeds, options.only, options.steps):
         with results.claimed(asdict(run)) as mine:
             if not mine:
                 continue
@@ -173,6 +181,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--data", type=existing_folder, metavar="FOLDER", help="folder of the ASE databases")
     add("--only", nargs="+", metavar="DATA", help="these data alone")
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
+    add("--steps", type=int, metavar="N", help="instead of the suite's own number")
     add("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines, one a finished run; appended to")
     add("--threads", type=int, metavar="N", help="CPU threads (default: OMP_NUM_THREADS, else all cores)")
     return parser.parse_args(arguments)
