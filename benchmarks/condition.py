@@ -156,13 +156,13 @@ def main(arguments: list[str] | None = None) -> None:
     use_threads(options.threads)
     torch.set_flush_denormal(True)  # radial bases make many numbers too small to count, and slow
     logging.getLogger().setLevel(logging.ERROR)
-    results = Results(options.results)
+    results, here = Results(options.results), environment()
     for run in suite(options.suite, options.seeds, options.only, options.steps):
         with results.claimed(asdict(run)) as mine:
             if not mine:
                 continue
             scores = train(run, options.data)
-            results.append({"suite": options.suite, "run": asdict(run), "scores": scores, **environment()})
+            results.append({"suite": options.suite, "run": asdict(run), "scores": scores, **here})
             last = scores["curve"][-1]
             told = ", ".join(f"{name} {last[name][0]:.4f}" for name in ("right", "other", "none") if name in last)
             print(f"{run.data}, {run.form}, {run.model.channels} channels, seed {run.seed}: {told}", flush=True)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -171,7 +171,7 @@ SUITES = {
 }
 
 
-def start_of(run: Run, splits: structures.Splits, results: Results, name: str) -> Path | None:
+def start_of(run: Run, splits: structures.Splits, results: Results, suite: str, here: Mapping[str, str]) -> Path | None:
     """The checkpoint that a run starts from, pre-trained now if it is not there yet.
 
     Checkpoints are kept beside the results; each pre-training has a line of its own in them.
@@ -184,7 +184,7 @@ def start_of(run: Run, splits: structures.Splits, results: Results, name: str) -
         if mine or not checkpoint.exists():
             scores = pretrain(run.model, run.pretraining, splits, checkpoint)
             if mine:
-                results.append({"suite": name, "run": settings, "scores": scores, **environment()})
+                results.append({"suite": suite, "run": settings, "scores": scores, **here})
     return checkpoint
 
 
@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     use_threads(options.threads)
     torch.set_flush_denormal(True)  # radial bases make many numbers too small to count, and slow
     logging.getLogger().setLevel(logging.ERROR)
-    results = Results(options.results)
+    results, here = Results(options.results), environment()
     for run in chosen(options):
         with results.claimed(asdict(run)) as mine:
             if not mine:
@@ -206,11 +206,11 @@ def main(arguments: list[str] | None = None) -> None:
                 splits.labelled(run.labels, run.seed),
                 seed=run.seed,
                 denoising=run.denoising,
-                start=start_of(run, splits, results, options.suite),
+                start=start_of(run, splits, results, options.suite, here),
                 quiet_heads=run.quiet_heads,
                 forces=run.data not in _ENERGIES_ALONE,
             )
-            results.append({"suite": options.suite, "run": asdict(run), "scores": scores, **environment()})
+            results.append({"suite": options.suite, "run": asdict(run), "scores": scores, **here})
             found = ", ".join(f"{name} {1000 * value:.1f}" for name, value in scores["test"].items())
             what = f"{run.data}, {run.labels or 'all'} labels, {run.arm}, seed {run.seed}"
             print(f"{what}: on the test structures {found} (meV/atom, meV/Å)", flush=True)
