@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import LogLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from benchmarks.tables import Record, by_seed, number_of_labels
 from fairchem_scd.plots import style
@@ -32,6 +32,9 @@ def draw_labels(records: list[Record], path: Path) -> None:
                 bars = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
                 look = {"color": style.COLORS[i], "linestyle": style.LINES[i], "marker": style.MARKERS[i]}
                 axes.errorbar(counts, means, yerr=bars, capsize=2, label=arm, **look)
+            if not axes.has_data():
+                axes.set_axis_off()
+                continue
             ticks = sorted({n for d, _, n in groups if d == data})
             axes.set(xscale="log", yscale="log", xlabel="labels", ylabel=label, title=data)
             axes.set_xticks(ticks, [str(n) for n in ticks])
@@ -75,9 +78,10 @@ def draw_ladder(records: list[Record], path: Path) -> None:
                     continue
                 for i, told in enumerate(("right", "other", "none")):
                     _draw_told(axes, record, told, i)
-            axes.set(title=f"{data}: {form}", xlabel="steps")
+            axes.set(title=f"{data.replace('_', ' ')}: {form}", xlabel="steps")
         row[0].set_ylabel("noise error, MSE / σ²")
-    handles = {h.get_label(): h for h in panels[0][0].get_lines() if not h.get_label().startswith("_")}
+    known = [axes.get_legend_handles_labels() for axes in panels.flat]
+    handles = {label: handle for found in known for handle, label in zip(*found, strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     style.save(figure, path, force=True)
 
@@ -104,3 +108,4 @@ def _plain_ticks(axes: Any) -> None:
     """Numbers such as 200 on a logarithmic axis, not powers of ten."""
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -1,15 +1,16 @@
-"""Tables and figures of docs/evidence.md, drawn from the files of results.
+"""Sections of docs/evidence.md, their tables and figures, drawn from the files of results.
 
     python -m benchmarks.report
 
-Tables are written between the marks `<!-- begin NAME -->` and `<!-- end NAME -->` of the page, figures to
-docs/figures. Nothing is trained. A figure without results yet is not drawn.
+Each section is written between its marks `<!-- begin NAME -->` and `<!-- end NAME -->` of the page, figures to
+docs/figures. Nothing is trained. A comparison of which there are not two sides yet is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.figures import draw_curves, draw_labels, draw_ladder
@@ -29,23 +30,99 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "evidence.md"
 
 
-def tables(learning: list[Record], condition: list[Record]) -> dict[str, str]:
-    """All tables of the page, by the name of their mark."""
-    few = trained(learning, "few", "energies")
-    before = [r for r in learning if "arm" not in r["run"]]
-    return {
-        "few": arms_table(few),
-        "saved": saved_table(few),
-        "compute": compute_table(
-            [*before, *(r for r in few if r["run"]["labels"] == 24), *trained(learning, "compute")]
+def sections(learning: list[Record], condition: list[Record]) -> dict[str, str]:
+    """The markdown of each section by the name of its marks; empty where there is nothing to compare yet."""
+    few, long = trained(learning, "few", "energies"), trained(learning, "long")
+    longer = trained(learning, "compute")
+    compute = [r for r in learning if "arm" not in r["run"] or r["suite"] in ("few", "compute")] if longer else []
+    parts: dict[str, tuple[list[Record], str, Callable[[], str]]] = {
+        "few": (few, FEW, lambda: arms_table(few)),
+        "saved": (few, SAVED, lambda: saved_table(few)),
+        "compute": (compute, COMPUTE, lambda: compute_table(compute)),
+        "heads": (trained(learning, "heads"), HEADS, lambda: arms_table(trained(learning, "heads"))),
+        "equiformer": (
+            trained(learning, "equiformer"),
+            EQUIFORMER,
+            lambda: arms_table(trained(learning, "equiformer")),
         ),
-        "heads": arms_table(trained(learning, "heads")),
-        "equiformer": arms_table(trained(learning, "equiformer")),
-        "beside": arms_table(trained(learning, "long")),
-        "tune": arms_table(trained(learning, "tune"), split="held_out"),
-        "cost": cost_table(learning),
-        "ladder": ladder_table(condition),
+        "long": (long, LONG, lambda: arms_table(long)),
+        "tune": (trained(learning, "tune"), TUNE, lambda: arms_table(trained(learning, "tune"), split="held_out")),
+        "cost": (trained(learning, *SUITES), COST, lambda: cost_table(learning)),
+        "condition": (condition, CONDITION, lambda: ladder_table(condition)),
     }
+    return {name: f"{text}\n{table()}\n" if compared(records) else "" for name, (records, text, table) in parts.items()}
+
+
+SUITES = ("few", "energies", "compute", "heads", "equiformer", "long", "tune")
+
+
+def compared(records: list[Record]) -> bool:
+    """Whether there are two sides: two arms, or two forms of the condition, on the same data with the same seed."""
+    sides: dict[tuple[str, int], set[str]] = {}
+    for record in records:
+        run = record["run"]
+        if "arm" in run or "form" in run:
+            sides.setdefault((run["data"], run["seed"]), set()).add(run.get("arm") or run["form"])
+    return any(len(of) > 1 for of in sides.values())
+
+
+FEW = """\
+## Few labels: pre-training on structures alone
+
+Each seed pre-trains anew, on the structures of all training data but the held-out fifth, without labels. "Change" is
+against plain training of the same seed.
+
+![Test errors against the number of labels](figures/few_labels.png)
+"""
+SAVED = """\
+How many times more labels plain training needs for the same error (of forces; on oxides of energies), between the
+numbers of labels tried:
+"""
+COMPUTE = """\
+### At equal compute
+
+Pre-training costs too: a step of plain denoising about a step of plain training, a step of SCD about two.
+"""
+HEADS = """\
+### Energy heads as the host starts them
+
+The same, but the last layer of the energy head begins with random weights.
+"""
+EQUIFORMER = """\
+### EquiformerV2
+
+Two blocks of 32 channels.
+"""
+LONG = """\
+## A task beside the labels
+
+All labels, equal numbers of supervised steps.
+
+![Held-out force errors against steps](figures/beside_labels.png)
+"""
+TUNE = """\
+### Settings of the tasks
+
+On held-out structures, not on the test file:
+"""
+COST = """\
+## What a step costs
+
+Processor time, in seconds and in steps of plain training:
+"""
+CONDITION = """\
+## What SCD's condition carries
+
+The noisy pass is told a structure's embedding by the clean pass. If the embedding counts, another structure's must do
+worse. Noise errors are the mean square error over σ² on held-out structures, ± the standard error over structures;
+predicting zero has 1 − 1/N for N atoms. "None" is the same model without an embedding, which it is trained for on a
+fifth of the structures. Whether the condition is worth its second pass is to be read off the ratio to plain denoising
+of the same number of steps. "Dimensions" is the participation ratio of what structures are told. "Difference" is a form
+that is only in `benchmarks/noise.py`: each block is told by how much the mean of its l = 0 features differs between the
+clean structure and the noisy one.
+
+![Noise errors told the right embedding, another's and none](figures/condition.png)
+"""
 
 
 def fill(page: str, contents: dict[str, str]) -> str:
@@ -53,7 +130,7 @@ def fill(page: str, contents: dict[str, str]) -> str:
 
     def put(match: re.Match[str]) -> str:
         name = match.group(1)
-        return f"<!-- begin {name} -->\n{contents[name]}\n<!-- end {name} -->"
+        return f"<!-- begin {name} -->\n{contents[name]}<!-- end {name} -->"
 
     return re.sub(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", put, page, flags=re.DOTALL)
 
@@ -64,16 +141,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="markdown to fill in")
     options = parser.parse_args(arguments)
     learning, condition = (Results(options.results / f"{name}.jsonl").records() for name in ("learning", "condition"))
-    options.page.write_text(fill(options.page.read_text(), tables(learning, condition)))
+    options.page.write_text(fill(options.page.read_text(), sections(learning, condition)))
     figures = options.page.parent / "figures"
-    figures.mkdir(exist_ok=True)
     with style.printed():
         for draw, records, name in (
             (draw_labels, trained(learning, "few", "energies"), "few_labels"),
             (draw_curves, trained(learning, "long"), "beside_labels"),
             (draw_ladder, condition, "condition"),
         ):
-            if records:
+            if compared(records):
+                figures.mkdir(exist_ok=True)
                 draw(records, figures / f"{name}.png")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from fairchem.core.datasets import data_list_collater
 from fairchem.core.models.base import HydraModel
 from fairchem.core.preprocessing import AtomsToGraphs
 
-from benchmarks import report, structures, tables
+from benchmarks import condition, learning, report, structures, tables
 from benchmarks.neighbors import KeptNeighbors
 from benchmarks.noise import mean_of_structures, participation_ratio, told_differences
 from benchmarks.results import Results, key_of
@@ -70,6 +71,32 @@ def test_settings_that_differ_have_other_names() -> None:
     one = {"length": {"steps": 300, "lr": 1e-3}, "labels": None}
     assert key_of(one) == key_of(json.loads(json.dumps(one)))
     assert key_of(one) != key_of({**one, "labels": 12})
+
+
+def test_options_narrow_a_suite_down() -> None:
+    line = ["few", "--data", ".", "--only", "Mo", "--arms", "plain", "SCD, then plain", "--labels", "24", "all"]
+    runs = list(learning.chosen(learning._parse([*line, "--seeds", "3"])))
+    assert [(r.data, r.labels, r.arm, r.seed) for r in runs] == [
+        ("Mo", 24, "plain", 3),
+        ("Mo", 24, "SCD, then plain", 3),
+        ("Mo", None, "plain", 3),
+        ("Mo", None, "SCD, then plain", 3),
+    ]
+    assert runs[0].pretraining is None
+    assert runs[1].pretraining == runs[3].pretraining
+    assert (runs[1].pretraining.scd, runs[1].pretraining.seed) == ({"std": 0.04}, 3)
+
+
+@pytest.mark.parametrize("name", learning.SUITES)
+def test_no_two_runs_of_a_suite_have_one_name(name: str) -> None:
+    names = [key_of(asdict(run)) for run in learning.SUITES[name].runs([0, 1])]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", condition.SUITES)
+def test_no_two_runs_of_the_condition_have_one_name(name: str) -> None:
+    names = [key_of(asdict(run)) for run in condition.suite(name, [0, 1], None, None)]
+    assert len(names) == len(set(names))
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -217,9 +244,16 @@ def test_a_ratio_of_paired_errors_has_no_error_where_they_are_proportional() -> 
     assert tables.ratio_of([1.0, 3.0], [2.0, 2.0]) == "1.000 ± 0.500"
 
 
+def test_a_section_waits_for_both_sides_of_its_comparison() -> None:
+    plain, other = record("plain", 0, 0.2), record("SCD, then plain", 0, 0.1)
+    elsewhere = record("SCD, then plain", 1, 0.1)
+    assert report.sections([plain, elsewhere], [])["few"] == ""
+    assert "-50 %" in report.sections([plain, other], [])["few"]
+
+
 def test_only_what_stands_between_marks_is_replaced() -> None:
     page = "a\n<!-- begin few -->\nold\n<!-- end few -->\nb\n"
-    assert report.fill(page, {"few": "new", "more": ""}) == page.replace("old", "new")
+    assert report.fill(page, {"few": "new\n", "more": ""}) == page.replace("old", "new")
     with pytest.raises(KeyError):
         report.fill(page, {})
 
@@ -227,4 +261,4 @@ def test_only_what_stands_between_marks_is_replaced() -> None:
 def test_the_page_says_what_the_results_say() -> None:
     learning, condition = (Results(report.HERE / "results" / f"{n}.jsonl").records() for n in ("learning", "condition"))
     page = report.PAGE.read_text()
-    assert report.fill(page, report.tables(learning, condition)) == page
+    assert report.fill(page, report.sections(learning, condition)) == page
