@@ -50,8 +50,9 @@ class Splits:
         return [self.train[i] for i in order[:count]]
 
 
+@cache
 def load(name: str, folder: Path | None) -> Splits:
-    """The splits of some data.
+    """The splits of some data, made once a process: not to be changed.
 
     Args:
         name: one of `LABELLED` or `UNLABELLED`.
