@@ -32,10 +32,10 @@ def draw_labels(records: list[Record], path: Path) -> None:
                 bars = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
                 look = {"color": style.COLORS[i], "linestyle": style.LINES[i], "marker": style.MARKERS[i]}
                 axes.errorbar(counts, means, yerr=bars, capsize=2, label=arm, **look)
+            ticks = sorted({n for d, _, n in groups if d == data})
             if not axes.has_data():
                 axes.set_axis_off()
                 continue
-            ticks = sorted({n for d, _, n in groups if d == data})
             axes.set(xscale="log", yscale="log", xlabel="labels", ylabel=label, title=data)
             axes.set_xticks(ticks, [str(n) for n in ticks])
             axes.minorticks_off()

@@ -18,8 +18,8 @@ from benchmarks.results import Results
 from benchmarks.tables import (
     Record,
     arms_table,
+    budgets,
     compute_table,
-    cost_table,
     ladder_table,
     saved_table,
     trained,
@@ -33,11 +33,11 @@ PAGE = HERE.parent / "docs" / "evidence.md"
 def sections(learning: list[Record], condition: list[Record]) -> dict[str, str]:
     """The markdown of each section by the name of its marks; empty where there is nothing to compare yet."""
     few, long = trained(learning, "few", "energies"), trained(learning, "long")
-    longer = trained(learning, "compute")
-    compute = [r for r in learning if "arm" not in r["run"] or r["suite"] in ("few", "compute")] if longer else []
+    several = few if budgets(few) > 1 else []
+    compute = trained(learning, "few", "compute") if trained(learning, "compute") else []
     parts: dict[str, tuple[list[Record], str, Callable[[], str]]] = {
         "few": (few, FEW, lambda: arms_table(few)),
-        "saved": (few, SAVED, lambda: saved_table(few)),
+        "labels": (several, LABELS, lambda: saved_table(several)),
         "compute": (compute, COMPUTE, lambda: compute_table(compute)),
         "heads": (trained(learning, "heads"), HEADS, lambda: arms_table(trained(learning, "heads"))),
         "equiformer": (
@@ -47,13 +47,9 @@ def sections(learning: list[Record], condition: list[Record]) -> dict[str, str]:
         ),
         "long": (long, LONG, lambda: arms_table(long)),
         "tune": (trained(learning, "tune"), TUNE, lambda: arms_table(trained(learning, "tune"), split="held_out")),
-        "cost": (trained(learning, *SUITES), COST, lambda: cost_table(learning)),
         "condition": (condition, CONDITION, lambda: ladder_table(condition)),
     }
     return {name: f"{text}\n{table()}\n" if compared(records) else "" for name, (records, text, table) in parts.items()}
-
-
-SUITES = ("few", "energies", "compute", "heads", "equiformer", "long", "tune")
 
 
 def compared(records: list[Record]) -> bool:
@@ -71,17 +67,18 @@ FEW = """\
 
 Each seed pre-trains anew, on the structures of all training data but the held-out fifth, without labels. "Change" is
 against plain training of the same seed.
-
-![Test errors against the number of labels](figures/few_labels.png)
 """
-SAVED = """\
+LABELS = """\
+![Test errors against the number of labels](figures/few_labels.png)
+
 How many times more labels plain training needs for the same error (of forces; on oxides of energies), between the
 numbers of labels tried:
 """
 COMPUTE = """\
 ### At equal compute
 
-Pre-training costs too: a step of plain denoising about a step of plain training, a step of SCD about two.
+Pre-training costs too. "Structures passed" counts how many went through the model, forwards and back; a step of SCD
+runs each twice.
 """
 HEADS = """\
 ### Energy heads as the host starts them
@@ -104,11 +101,6 @@ TUNE = """\
 ### Settings of the tasks
 
 On held-out structures, not on the test file:
-"""
-COST = """\
-## What a step costs
-
-Processor time, in seconds and in steps of plain training:
 """
 CONDITION = """\
 ## What SCD's condition carries
@@ -149,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
             (draw_curves, trained(learning, "long"), "beside_labels"),
             (draw_ladder, condition, "condition"),
         ):
-            if compared(records):
+            if compared(records) and (draw is not draw_labels or budgets(records) > 1):
                 figures.mkdir(exist_ok=True)
                 draw(records, figures / f"{name}.png")
 

@@ -97,36 +97,37 @@ def _milli(record: Record, name: str, split: str = "test") -> float:
 
 
 def compute_table(records: list[Record]) -> str:
-    """Test errors beside what a run cost, pre-training included, in steps of plain training."""
-    base = {key: statistics.median(seconds) for key, seconds in _plain_seconds(records).items()}
-    before = by_seed(
-        (r for r in records if "arm" not in r["run"]),
-        lambda r: (r["run"]["data"], repr(r["run"]["model"]), repr(r["run"]["pretraining"]["scd"])),
-    )
+    """Test errors beside what a run cost: how many structures went through the model, pre-training included."""
     groups = by_seed(
-        (r for r in records if "arm" in r["run"]),
-        lambda r: (r["run"]["data"], number_of_labels(r), r["run"]["arm"], r["run"]["length"]["steps"]),
+        records,
+        lambda r: (
+            r["run"]["data"],
+            number_of_labels(r),
+            passed(r["run"]),
+            r["run"]["arm"],
+            r["run"]["length"]["steps"],
+        ),
     )
     rows = []
-    for (data, labels, arm, steps), seeds in groups.items():
-        run = next(iter(seeds.values()))["run"]
-        cost = float(steps)
-        if run["pretraining"] is not None:
-            runs = before.get((data, repr(run["model"]), repr(run["pretraining"]["scd"])), {}).values()
-            seconds = [r["scores"]["seconds_per_step"] * r["scores"]["steps"] for r in runs]
-            unit = base.get((data, run["model"]["backbone"]))
-            cost = steps + statistics.median(seconds) / unit if seconds and unit else math.nan
+    for data, labels, cost, arm, steps in sorted(groups):
+        seeds = groups[data, labels, cost, arm, steps]
         cells = [
             spread([_milli(r, name) for r in seeds.values() if name in r["scores"]["test"]])
             for name in ("force_mae", "energy_mae")
         ]
-        rows.append((data, labels, cost, [arm, str(steps), f"{cost:.0f}", str(len(seeds)), *cells]))
-    rows.sort(key=lambda row: row[:3])
-    heads = ["data", "labels", "training", "steps with labels", "cost in plain steps", "seeds"]
-    return table(
-        [*heads, "force MAE, meV/Å", "energy MAE, meV/atom"],
-        ([data, str(labels), *cells] for data, labels, _, cells in rows),
-    )
+        rows.append([data, str(labels), arm, str(steps), str(cost), str(len(seeds)), *cells])
+    heads = ["data", "labels", "training", "steps with labels", "structures passed", "seeds"]
+    return table([*heads, "force MAE, meV/Å", "energy MAE, meV/atom"], rows)
+
+
+def passed(run: Record) -> int:
+    """How many structures went through the model, forwards and back: a step of SCD runs each twice."""
+    count = run["length"]["steps"] * run["length"]["batch_size"]
+    before = run["pretraining"]
+    if before is not None:
+        passes = 1 if before["scd"].get("condition") == [] else 2
+        count += passes * before["length"]["steps"] * before["length"]["batch_size"]
+    return count
 
 
 def saved_table(records: list[Record]) -> str:
@@ -159,6 +160,15 @@ def _error(record: Record) -> float:
     return test.get("force_mae", test["energy_mae"])
 
 
+def budgets(records: Iterable[Record]) -> int:
+    """With how many numbers of labels plain training was run, on the data where it was with most."""
+    groups = by_seed(
+        (r for r in records if r["run"]["arm"] == FIRST), lambda r: (r["run"]["data"], number_of_labels(r))
+    )
+    datas = [data for data, _ in groups]
+    return max(map(datas.count, datas), default=0)
+
+
 def number_of_labels(record: Record) -> int:
     """Number of structures with labels, also where it is all of them."""
     return record["run"]["labels"] or ALL[record["run"]["data"]]
@@ -166,34 +176,6 @@ def number_of_labels(record: Record) -> int:
 
 ALL = {"Mo": 155, "Li": 193, "oxides": 189, "slabs": 960}
 """How many training structures there are, see `structures.load`."""
-
-
-def cost_table(records: list[Record]) -> str:
-    """Processor time of a step of each arm and of pre-training, in seconds and in steps of plain training."""
-    base = {key: statistics.median(seconds) for key, seconds in _plain_seconds(records).items()}
-    groups: dict[Any, list[float]] = defaultdict(list)
-    for record in records:
-        run = record["run"]
-        what = "plain training" if run.get("arm", "").endswith(FIRST) else run.get("arm")
-        if what is None:
-            plain = run["pretraining"]["scd"].get("condition") == []
-            what = f"pre-training, {'plain denoising' if plain else 'SCD'}"
-        groups[run["data"], run["model"]["backbone"], what].append(record["scores"]["seconds_per_step"])
-    rows = []
-    for (data, backbone, what), seconds in groups.items():
-        median, unit = statistics.median(seconds), base.get((data, backbone))
-        ratio = f"{median / unit:.2f}" if unit else ""
-        rows.append([data, backbone, what, str(len(seconds)), f"{median:.3f}", f"{min(seconds):.3f}", ratio])
-    return table(["data", "backbone", "step of", "runs", "median, s", "least, s", "in plain steps"], rows)
-
-
-def _plain_seconds(records: Iterable[Record]) -> dict[tuple[str, str], list[float]]:
-    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for record in records:
-        run = record["run"]
-        if run.get("arm", "").endswith(FIRST):  # also after pre-training: the steps are the same
-            groups[run["data"], run["model"]["backbone"]].append(record["scores"]["seconds_per_step"])
-    return groups
 
 
 # --- the condition ----------------------------------------------------------------------------------------------------

@@ -251,6 +251,14 @@ def test_a_section_waits_for_both_sides_of_its_comparison() -> None:
     assert "-50 %" in report.sections([plain, other], [])["few"]
 
 
+def test_structures_passed_count_pretraining_and_both_passes_of_scd() -> None:
+    length = {"steps": 300, "batch_size": 4}
+    before = {"length": {"steps": 400, "batch_size": 8}}
+    assert tables.passed({"length": length, "pretraining": None}) == 1200
+    assert tables.passed({"length": length, "pretraining": {**before, "scd": {"condition": []}}}) == 1200 + 3200
+    assert tables.passed({"length": length, "pretraining": {**before, "scd": {"std": 0.04}}}) == 1200 + 6400
+
+
 def test_only_what_stands_between_marks_is_replaced() -> None:
     page = "a\n<!-- begin few -->\nold\n<!-- end few -->\nb\n"
     assert report.fill(page, {"few": "new\n", "more": ""}) == page.replace("old", "new")
