@@ -1,1 +1,1 @@
-"""Benchmarks, run as modules from the top of the repository: `python -m benchmarks.real_data --help`."""
+"""Benchmarks, run as modules from the top of the repository: `python -m benchmarks.learning --help`."""

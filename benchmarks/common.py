@@ -178,6 +178,7 @@ def make_trainer(
     seed: int,
     denoising: dict[str, Any] | None = None,
     supervised: bool = True,
+    forces: bool = True,
     folder: Path | None = None,
     device: str = "cpu",
     amp: bool = False,
@@ -189,6 +190,7 @@ def make_trainer(
         model, dataset, optim: blocks of a config.
         denoising: the `task.denoising` block.
         supervised: train energies and forces; else nothing but denoising, without heads.
+        forces: train forces too, not energies alone.
         folder: for logs and checkpoints; None: nothing is written.
     """
     setup_imports()
@@ -203,6 +205,10 @@ def make_trainer(
         }
         losses = [{"energy": {"fn": "mae", "coefficient": 2}}, {"forces": {"fn": "l2mae", "coefficient": 100}}]
         evaluation = {"primary_metric": "forces_mae", "metrics": {"energy": ["mae"], "forces": ["mae"]}}
+        if not forces:
+            outputs, losses = {"energy": outputs["energy"]}, losses[:1]
+            evaluation = {"primary_metric": "energy_mae", "metrics": {"energy": ["mae"]}}
+            model["heads"] = {"energy": model["heads"]["energy"]}
     else:
         model.pop("heads", None)
     return registry.get_trainer_class(trainer)(

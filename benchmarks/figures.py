@@ -1,0 +1,111 @@
+"""Figures of docs/evidence.md."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+from benchmarks.tables import Record, by_seed, number_of_labels
+from fairchem_scd.commands import pictures as style
+
+
+def draw_labels(records: list[Record], path: Path) -> None:
+    """Test errors against the number of labels, one panel for each data and error."""
+    datas = sorted({r["run"]["data"] for r in records})
+    groups = by_seed(records, lambda r: (r["run"]["data"], r["run"]["arm"], number_of_labels(r)))
+    arms = list(dict.fromkeys(r["run"]["arm"] for r in records))
+    figure = style.new_figure(style.DOUBLE, 2.4 * len(datas))
+    panels = figure.subplots(len(datas), 2, squeeze=False)
+    units = (("force_mae", "force MAE, meV/Å"), ("energy_mae", "energy MAE, meV/atom"))
+    for row, data in zip(panels, datas, strict=True):
+        for axes, (name, label) in zip(row, units, strict=True):
+            for i, arm in enumerate(arms):
+                counts = sorted(n for d, a, n in groups if d == data and a == arm)
+                tests = [[r["scores"]["test"] for r in groups[data, arm, n].values()] for n in counts]
+                values = [[1000 * test[name] for test in seeds if name in test] for seeds in tests]
+                if not all(values):
+                    continue
+                means = [statistics.mean(v) for v in values]
+                bars = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+                look = {"color": style.COLORS[i], "linestyle": style.LINES[i], "marker": style.MARKERS[i]}
+                axes.errorbar(counts, means, yerr=bars, capsize=2, label=arm, **look)
+            ticks = sorted({n for d, _, n in groups if d == data})
+            if not axes.has_data():
+                axes.set_axis_off()
+                continue
+            axes.set(xscale="log", yscale="log", xlabel="labels", ylabel=label, title=data)
+            axes.set_xticks(ticks, [str(n) for n in ticks])
+            axes.minorticks_off()
+            _plain_ticks(axes)
+    panels[0][0].legend()
+    style.save(figure, path, force=True)
+
+
+def draw_curves(records: list[Record], path: Path) -> None:
+    """Held-out force errors against steps, mean over seeds, with the range of them."""
+    datas = sorted({r["run"]["data"] for r in records})
+    figure = style.new_figure(style.DOUBLE, 2.6)
+    for axes, data in zip(figure.subplots(1, len(datas), squeeze=False)[0], datas, strict=True):
+        groups = by_seed((r for r in records if r["run"]["data"] == data), lambda r: r["run"]["arm"])
+        for i, (arm, seeds) in enumerate(groups.items()):
+            curves = [[1000 * point["force_mae"] for point in r["scores"]["curve"]] for r in seeds.values()]
+            steps = [point["step"] for point in next(iter(seeds.values()))["scores"]["curve"]]
+            low, high = zip(*((min(c), max(c)) for c in zip(*curves, strict=True)), strict=True)
+            means = [statistics.mean(c) for c in zip(*curves, strict=True)]
+            axes.plot(steps, means, color=style.COLORS[i], linestyle=style.LINES[i % len(style.LINES)], label=arm)
+            axes.fill_between(steps, low, high, color=style.COLORS[i], alpha=0.2, linewidth=0)
+        axes.set(yscale="log", xlabel="steps", ylabel="held-out force MAE, meV/Å", title=data)
+        _plain_ticks(axes)
+    axes.legend()
+    style.save(figure, path, force=True)
+
+
+def draw_ladder(records: list[Record], path: Path) -> None:
+    """Noise errors against steps, told the right embedding, another's or none, beside plain denoising."""
+    forms = [
+        form for form in ("embedding", "mask token", "difference") if any(r["run"]["form"] == form for r in records)
+    ]
+    datas = list(dict.fromkeys(r["run"]["data"] for r in records))
+    figure = style.new_figure(style.DOUBLE, 2.1 * len(datas))
+    panels = figure.subplots(len(datas), len(forms), squeeze=False, sharey="row", sharex="row")
+    for row, data in zip(panels, datas, strict=True):
+        for axes, form in zip(row, forms, strict=True):
+            for record in records:
+                if record["run"]["data"] != data or record["run"]["form"] not in (form, "plain"):
+                    continue
+                for i, told in enumerate(("right", "other", "none")):
+                    _draw_told(axes, record, told, i)
+            axes.set(title=f"{data.replace('_', ' ')}: {form}", xlabel="steps")
+        row[0].set_ylabel("noise error, MSE / σ²")
+    known = [axes.get_legend_handles_labels() for axes in panels.flat]
+    handles = {label: handle for found in known for handle, label in zip(*found, strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    style.save(figure, path, force=True)
+
+
+_TOLD = {"right": "told the right one", "other": "told another's", "none": "told none"}
+
+
+def _draw_told(axes: Any, record: Record, told: str, number: int) -> None:
+    curve = [(point["step"], *point[told]) for point in record["scores"]["curve"] if told in point]
+    if not curve:
+        return
+    steps, means, bars = zip(*curve, strict=True)
+    plain = record["run"]["form"] == "plain"
+    label, number = (
+        ("plain denoising", 3)
+        if plain
+        else ({"right": "told the right one", "other": "another's", "none": "none"}[told], number)
+    )
+    look = {"color": style.COLORS[number], "linestyle": style.LINES[number], "label": label}
+    axes.errorbar(steps, means, yerr=bars, capsize=2, **look)
+
+
+def _plain_ticks(axes: Any) -> None:
+    """Numbers such as 200 on a logarithmic axis, not powers of ten."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,248 @@
+"""What the denoising tasks buy: equal models, batches, supervised steps and seeds, with and without them, on real data.
+
+Arms of training × data × label budgets × seeds. A fifth of the training data is held out, for tuning and curves; test
+files are looked at once, by finished runs. Runs end with one line each in the results file; a run that is in there is
+not run again, and several processes may share the file:
+
+    python -m benchmarks.learning few --data FOLDER --seeds 0 1 2
+    python -m benchmarks.learning long --data FOLDER --only Mo
+    python -m benchmarks.report
+
+Suites, which --only, --arms, --labels and --seeds narrow down:
+
+- few: few labels, from random weights and after pre-training on the structures of all training data;
+- energies: as few, on oxides, whose structures are relaxed: energies alone;
+- compute: plain training from random weights for as long as pre-training and fine-tuning together;
+- heads: as few, with energy heads that start as the host has them;
+- long: many passes over all labels, a task beside them;
+- tune: settings of the tasks beside labels, to be judged on held-out structures;
+- equiformer: few labels on EquiformerV2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import structures
+from benchmarks.common import existing_folder, use_threads
+from benchmarks.results import Results, environment, key_of
+from benchmarks.trained import Length, Model, Pretraining, pretrain, train_labels
+
+RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that decides a run's result.
+
+    Attributes:
+        data: name in `structures`.
+        arm: what the run is called in tables.
+        labels: how many structures have labels; None: all.
+        denoising: the `task.denoising` block beside the labels; empty: the host's own trainer.
+        pretraining: before that; None: random weights.
+        quiet_heads: the last layer of the energy head starts at zero.
+    """
+
+    data: str
+    arm: str
+    labels: int | None
+    seed: int
+    model: Model
+    length: Length
+    denoising: dict[str, Any] = field(default_factory=dict)
+    pretraining: Pretraining | None = None
+    quiet_heads: bool = True
+
+
+PLAIN = "plain"
+SMALL = Model(layers=2, channels=32)
+EQUIFORMER = Model("equiformer_v2", layers=2, channels=32)
+
+
+def _dens(**settings: float) -> dict[str, Any]:
+    return {"dens": {"prob": 0.5, "std": 0.1, "corrupt_ratio": 0.5, "coefficient": 100.0, **settings}}
+
+
+def _scd(**settings: Any) -> dict[str, Any]:
+    return {"scd": {"std": 0.04, "coefficient": 10.0, **settings}}
+
+
+# Predicting zero for noise loses 2.7 times what it loses for forces on OC20, at coefficients 10 and 100, but a
+# twentieth of that on small data whose normaliser is fitted. So DeNS is tried with a coefficient that makes up for it.
+TASKS: dict[str, dict[str, Any]] = {
+    "noisy nodes": {"noisy_nodes": {"std": 5e-4, "coefficient": 0.1}},
+    "DeNS, coefficient 10": _dens(coefficient=10.0),
+    "DeNS, coefficient 100": _dens(),
+    "DeNS, σ 0.05, coefficient 100": _dens(std=0.05),
+    "DeNS, prob 0.25, coefficient 100": _dens(prob=0.25),
+    "SCD beside labels, coefficient 10": _scd(),
+    "SCD beside labels, coefficient 100": _scd(coefficient=100.0),
+    "plain denoising beside labels, coefficient 10": _scd(condition=[]),
+    "plain denoising beside labels, coefficient 100": _scd(condition=[], coefficient=100.0),
+    "force-denoise": _scd(condition=[], std=0.005),
+    "DeNS and SCD in turns": {**_dens(), "scd": {**_scd()["scd"], "prob": 0.5}},
+}
+"""The `task.denoising` block of each arm that denoises beside the labels; any other arm has none."""
+
+STARTS: dict[str, dict[str, Any]] = {
+    "plain denoising": {"condition": [], "std": 0.04},
+    "SCD": {"std": 0.04},
+}
+"""Settings of `task.denoising.scd` in pre-training. An arm that has one is called `START, then TASK`."""
+
+PRETRAINED = tuple(f"{start}, then {PLAIN}" for start in STARTS)
+ARMS = (PLAIN, *TASKS, *PRETRAINED, "SCD, then DeNS, coefficient 100")
+
+
+# The oxides' structures are relaxed, their forces nearly zero: they have energies alone.
+_CUTOFF = {"oxides": {"radius": 3.5, "neighbors": 60}}
+_ENERGIES_ALONE = ("oxides",)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Arms × data × labels × seeds.
+
+    Attributes:
+        budgets: numbers of labels, None for all, in groups: a group is run for all seeds before the next.
+        before: how long pre-training is.
+    """
+
+    data: tuple[str, ...]
+    budgets: tuple[tuple[int | None, ...], ...]
+    arms: tuple[str, ...]
+    model: Model
+    lengths: tuple[Length, ...]
+    before: Length
+    quiet_heads: bool = True
+
+    def runs(self, seeds: Sequence[int]) -> Iterator[Run]:
+        """All runs, in an order that gives whole comparisons early."""
+        for data, budgets, seed in product(self.data, self.budgets, seeds):
+            for labels, length, arm in product(budgets, self.lengths, self.arms):
+                start, _, task = arm.rpartition(", then ")
+                before = Pretraining(STARTS[start], self.before, seed) if start else None
+                denoising = TASKS.get(task, {})
+                model = replace(self.model, **_CUTOFF.get(data, {}))
+                yield Run(data, arm, labels, seed, model, length, denoising, before, self.quiet_heads)
+
+
+_METALS = ("Mo", "Li")
+_BEFORE = Length(400, 4, 2e-3, weight_decay=0.01, clip=1.0)
+_BESIDE = (PLAIN, "DeNS, coefficient 100", "SCD beside labels, coefficient 10")
+_FEW = Suite(
+    ("oxides", *_METALS),
+    ((24,), (None,), (96,), (12, 48)),
+    (PLAIN, *PRETRAINED),
+    SMALL,
+    (Length(300, 4, 2e-3),),
+    _BEFORE,
+)
+SUITES = {
+    "few": _FEW,
+    # A step of pre-training costs about one and two plain ones.
+    "compute": replace(_FEW, arms=(PLAIN,), lengths=(Length(700, 4, 2e-3), Length(1100, 4, 2e-3))),
+    "heads": replace(_FEW, budgets=((24,),), quiet_heads=False),
+    "energies": replace(
+        _FEW,
+        data=("oxides",),
+        lengths=(Length(300, 8, 2e-3),),
+        before=Length(400, 16, 2e-3, weight_decay=0.01, clip=1.0),
+    ),
+    "long": replace(_FEW, budgets=((None,),), arms=_BESIDE, lengths=(Length(1200, 4, 2e-3),)),
+    "tune": Suite(("Mo",), ((96,),), (PLAIN, *TASKS), SMALL, (Length(600, 4, 2e-3),), _BEFORE),
+    "equiformer": Suite(
+        ("Mo",),
+        ((24,),),
+        (PLAIN, *PRETRAINED),
+        EQUIFORMER,
+        (Length(200, 4, 1e-3),),
+        Length(300, 4, 1e-3, weight_decay=0.01, clip=1.0),
+    ),
+}
+
+
+def start_of(run: Run, splits: structures.Splits, results: Results, suite: str, here: Mapping[str, str]) -> Path | None:
+    """The checkpoint that a run starts from, pre-trained now if it is not there yet.
+
+    Checkpoints are kept beside the results; each pre-training has a line of its own in them.
+    """
+    if run.pretraining is None:
+        return None
+    settings = {"data": run.data, "model": asdict(run.model), "pretraining": asdict(run.pretraining)}
+    checkpoint = results.path.with_suffix(".checkpoints") / f"{key_of(settings)}.pt"
+    with results.claimed(settings, wait=True) as mine:
+        if mine or not checkpoint.exists():
+            scores = pretrain(run.model, run.pretraining, splits, checkpoint)
+            if mine:
+                results.append({"suite": suite, "run": settings, "scores": scores, **here})
+    return checkpoint
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = _parse(arguments)
+    use_threads(options.threads)
+    torch.set_flush_denormal(True)  # radial bases make many numbers too small to count, and slow
+    logging.getLogger().setLevel(logging.ERROR)
+    results, here = Results(options.results), environment()
+    for run in chosen(options):
+        with results.claimed(asdict(run)) as mine:
+            if not mine:
+                continue
+            splits = structures.load(run.data, options.data)
+            scores = train_labels(
+                run.model,
+                run.length,
+                splits,
+                splits.labelled(run.labels, run.seed),
+                seed=run.seed,
+                denoising=run.denoising,
+                start=start_of(run, splits, results, options.suite, here),
+                quiet_heads=run.quiet_heads,
+                forces=run.data not in _ENERGIES_ALONE,
+            )
+            results.append({"suite": options.suite, "run": asdict(run), "scores": scores, **here})
+            found = ", ".join(f"{name} {1000 * value:.1f}" for name, value in scores["test"].items())
+            what = f"{run.data}, {run.labels or 'all'} labels, {run.arm}, seed {run.seed}"
+            print(f"{what}: on the test structures {found} (meV/atom, meV/Å)", flush=True)
+
+
+def chosen(options: argparse.Namespace) -> Iterator[Run]:
+    """The runs of the suite that the options leave."""
+    for run in SUITES[options.suite].runs(options.seeds):
+        narrowed = ((options.only, run.data), (options.arms, run.arm), (options.labels, str(run.labels or "all")))
+        if all(wanted is None or value in wanted for wanted, value in narrowed):
+            yield run
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    summary, _, epilog = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.learning",
+        description=summary,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("suite", choices=SUITES, help="which runs")
+    add("--data", type=existing_folder, metavar="FOLDER", help="folder of the ASE databases")
+    add("--only", nargs="+", choices=structures.LABELLED, metavar="DATA", help="these data alone")
+    add("--arms", nargs="+", choices=ARMS, metavar="ARM", help="these arms alone, by their names")
+    add("--labels", nargs="+", metavar="N", help="these numbers of labels alone; all: every one")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    add("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines, one a finished run; appended to")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: OMP_NUM_THREADS, else all cores)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Sections of docs/evidence.md, their tables and figures, drawn from the files of results.
+
+    python -m benchmarks.report
+
+Each section is written between its marks `<!-- begin NAME -->` and `<!-- end NAME -->` of the page, figures to
+docs/figures. Nothing is trained. A comparison of which there are not two sides yet is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.figures import draw_curves, draw_labels, draw_ladder
+from benchmarks.results import Results
+from benchmarks.tables import (
+    Record,
+    arms_table,
+    budgets,
+    compute_table,
+    ladder_table,
+    saved_table,
+    trained,
+)
+from fairchem_scd.commands import pictures as style
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "evidence.md"
+
+
+def sections(learning: list[Record], condition: list[Record]) -> dict[str, str]:
+    """The markdown of each section by the name of its marks; empty where there is nothing to compare yet."""
+    few, long = trained(learning, "few", "energies"), trained(learning, "long")
+    several = few if budgets(few) > 1 else []
+    compute = trained(learning, "few", "compute") if trained(learning, "compute") else []
+    parts: dict[str, tuple[list[Record], str, Callable[[], str]]] = {
+        "few": (few, FEW, lambda: arms_table(few)),
+        "labels": (several, LABELS, lambda: saved_table(several)),
+        "compute": (compute, COMPUTE, lambda: compute_table(compute)),
+        "heads": (trained(learning, "heads"), HEADS, lambda: arms_table(trained(learning, "heads"))),
+        "equiformer": (
+            trained(learning, "equiformer"),
+            EQUIFORMER,
+            lambda: arms_table(trained(learning, "equiformer")),
+        ),
+        "long": (long, LONG, lambda: arms_table(long)),
+        "tune": (trained(learning, "tune"), TUNE, lambda: arms_table(trained(learning, "tune"), split="held_out")),
+        "condition": (condition, CONDITION, lambda: ladder_table(condition)),
+    }
+    return {name: f"{text}\n{table()}\n" if compared(records) else "" for name, (records, text, table) in parts.items()}
+
+
+def compared(records: list[Record]) -> bool:
+    """Whether there are two sides: two arms, or two forms of the condition, on the same data with the same seed."""
+    sides: dict[tuple[str, int], set[str]] = {}
+    for record in records:
+        run = record["run"]
+        if "arm" in run or "form" in run:
+            sides.setdefault((run["data"], run["seed"]), set()).add(run.get("arm") or run["form"])
+    return any(len(of) > 1 for of in sides.values())
+
+
+FEW = """\
+## Few labels: pre-training on structures alone
+
+Each seed pre-trains anew, on the structures of all training data but the held-out fifth, without labels. "Change" is
+against plain training of the same seed.
+"""
+LABELS = """\
+![Test errors against the number of labels](figures/few_labels.png)
+
+How many times more labels plain training needs for the same error (of forces; on oxides of energies), between the
+numbers of labels tried:
+"""
+COMPUTE = """\
+### At equal compute
+
+Pre-training costs too. "Structures passed" counts how many went through the model, forwards and back; a step of SCD
+runs each twice.
+"""
+HEADS = """\
+### Energy heads as the host starts them
+
+The same, but the last layer of the energy head begins with random weights.
+"""
+EQUIFORMER = """\
+### EquiformerV2
+
+Two blocks of 32 channels.
+"""
+LONG = """\
+## A task beside the labels
+
+All labels, equal numbers of supervised steps.
+
+![Held-out force errors against steps](figures/beside_labels.png)
+"""
+TUNE = """\
+### Settings of the tasks
+
+On held-out structures, not on the test file:
+"""
+CONDITION = """\
+## What SCD's condition carries
+
+The noisy pass is told a structure's embedding by the clean pass. If the embedding counts, another structure's must do
+worse. Noise errors are the mean square error over σ² on held-out structures, ± the standard error over structures;
+predicting zero has 1 − 1/N for N atoms. "None" is the same model without an embedding, which it is trained for on a
+fifth of the structures. Whether the condition is worth its second pass is to be read off the ratio to plain denoising
+of the same number of steps. "Dimensions" is the participation ratio of what structures are told. "Difference" is a form
+that is only in `benchmarks/noise.py`: each block is told by how much the mean of its l = 0 features differs between the
+clean structure and the noisy one.
+
+![Noise errors told the right embedding, another's and none](figures/condition.png)
+"""
+
+
+def fill(page: str, contents: dict[str, str]) -> str:
+    """The page with new contents between its marks. Marks without contents are an error, the reverse is not."""
+
+    def put(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- begin {name} -->\n{contents[name]}<!-- end {name} -->"
+
+    return re.sub(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", put, page, flags=re.DOTALL)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results", metavar="FOLDER", help="of the two files")
+    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="markdown to fill in")
+    options = parser.parse_args(arguments)
+    learning, condition = (Results(options.results / f"{name}.jsonl").records() for name in ("learning", "condition"))
+    options.page.write_text(fill(options.page.read_text(), sections(learning, condition)))
+    figures = options.page.parent / "figures"
+    with style.printed():
+        for draw, records, name in (
+            (draw_labels, trained(learning, "few", "energies"), "few_labels"),
+            (draw_curves, trained(learning, "long"), "beside_labels"),
+            (draw_ladder, condition, "condition"),
+        ):
+            if compared(records) and (draw is not draw_labels or budgets(records) > 1):
+                figures.mkdir(exist_ok=True)
+                draw(records, figures / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The data of the studies: real DFT data, slabs and cells made here, each split in the same way at every call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ase.db
+import numpy as np
+from ase import Atoms
+from ase.build import bulk
+from fairchem.core.common.registry import registry
+from fairchem.core.datasets.ase_datasets import AseDBDataset
+
+from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
+
+FILES = {
+    "Mo": ("mlearn_Mo_train.db", "mlearn_Mo_test.db"),
+    "Li": ("mlearn_Li_train.db", "mlearn_Li_test.db"),
+    "oxides": ("oxides.db", None),
+}
+"""ASE databases by the name of the data: of training and of testing; None: a fifth of the first."""
+
+LABELLED = (*FILES, "slabs")
+"""Data with energies and forces. `slabs`: metal slabs with adsorbates by ASE's effective medium theory."""
+
+UNLABELLED = ("two_atoms", "four_atoms", "eight_atoms")
+"""Strained and rattled cells, without labels."""
+
+_SLABS = (1200, 300)  # for training and held out, and for testing
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Structures: to train on; held out of the training data, for tuning and curves; for the last look."""
+
+    train: list[Atoms]
+    held_out: list[Atoms]
+    test: list[Atoms]
+
+    def labelled(self, count: int | None, seed: int) -> list[Atoms]:
+        """`count` of the training structures; more of the same seed contain fewer. None: all."""
+        if count is not None and count > len(self.train):
+            raise ValueError(f"{count} labels asked for; there are {len(self.train)} training structures")
+        order = np.random.default_rng([seed, 1]).permutation(len(self.train))
+        return [self.train[i] for i in order[:count]]
+
+
+@cache
+def load(name: str, folder: Path | None) -> Splits:
+    """The splits of some data, made once a process: not to be changed.
+
+    Args:
+        name: one of `LABELLED` or `UNLABELLED`.
+        folder: of the databases in `FILES`; not needed for what is made here.
+    """
+    if name in FILES:
+        first, second = FILES[name]
+        train = _read(folder / first)
+        if second is None:
+            test, train = _parted(train, 0.2, seed=1)
+        else:
+            test = _read(folder / second)
+    elif name == "slabs":
+        made = [atoms for atoms, _, _ in emt_slabs(sum(_SLABS), seed=0)]
+        train, test = made[: _SLABS[0]], made[_SLABS[0] :]
+    elif name in UNLABELLED:
+        rng = np.random.default_rng(0)
+        train, test = ([_MAKERS[name](rng) for _ in range(count)] for count in (2400, 128))
+    else:
+        raise ValueError(f"unknown data {name!r}; known: {', '.join((*LABELLED, *UNLABELLED))}")
+    held_out, train = _parted(train, 0.2, seed=0)
+    return Splits(train, held_out, test)
+
+
+def _parted(items: list[Atoms], share: float, seed: int) -> tuple[list[Atoms], list[Atoms]]:
+    """A random share of the items, and the rest."""
+    order = np.random.default_rng(seed).permutation(len(items))
+    count = round(share * len(items))
+    return [items[i] for i in order[:count]], [items[i] for i in order[count:]]
+
+
+def _read(path: Path) -> list[Atoms]:
+    with ase.db.connect(str(path)) as db:
+        return [row.toatoms() for row in db.select()]
+
+
+def _two_atoms(rng: np.random.Generator) -> Atoms:
+    return _deformed(bulk("Mo", cubic=True), rng, strain=0.02, displacement=0.2)
+
+
+def _four_atoms(rng: np.random.Generator) -> Atoms:
+    metal = ("Cu", "Ag", "Au", "Ni", "Pd", "Pt")[rng.integers(6)]
+    return _deformed(bulk(metal, cubic=True), rng, strain=0.03, displacement=0.15)
+
+
+def _eight_atoms(rng: np.random.Generator) -> Atoms:
+    metal = ("Cu", "Ag", "Au", "Ni", "Pd", "Pt")[rng.integers(6)]
+    return _deformed(bulk(metal, cubic=True).repeat((2, 1, 1)), rng, strain=0.03, displacement=0.15)
+
+
+_MAKERS = {"two_atoms": _two_atoms, "four_atoms": _four_atoms, "eight_atoms": _eight_atoms}
+
+
+def _deformed(atoms: Atoms, rng: np.random.Generator, *, strain: float, displacement: float) -> Atoms:
+    """Strained by normal numbers of that size, and rattled by normal displacements of that size in Å."""
+    atoms.set_cell(atoms.cell @ (np.eye(3) + strain * rng.standard_normal((3, 3))), scale_atoms=True)
+    atoms.positions += displacement * rng.standard_normal(atoms.positions.shape)
+    return atoms
+
+
+# --- for the host -----------------------------------------------------------------------------------------------------
+
+
+def write(structures: Sequence[Atoms], path: Path) -> str:
+    """Write structures, with their labels, as an ASE database that the host can read; returns its path."""
+    with ase.db.connect(str(path), append=False) as db:
+        for atoms in structures:
+            db.write(atoms)
+    return str(path)
+
+
+@registry.register_dataset("kept_ase_db")
+class KeptAseDB(AseDBDataset):
+    """The host's ASE database, read once: small data for many short epochs."""
+
+    def __init__(self, config: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._row = cache(super().__getitem__)
+
+    def __getitem__(self, index: int) -> Any:
+        return copy.copy(self._row(int(index)))

@@ -1,0 +1,214 @@
+"""Tables of docs/evidence.md, of the lines of the files of results."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+FIRST = "plain"
+"""The arm that others are compared with."""
+
+Record = dict[str, Any]
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean ± standard deviation; the number alone where there is one, nothing where there is none."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def change(values: dict[int, float], plain: dict[int, float]) -> str:
+    """Change against the plain runs of the same seeds in percent, mean ± standard deviation over them."""
+    shared = sorted(values.keys() & plain.keys())
+    if not shared:
+        return ""
+    percents = [100 * (values[seed] / plain[seed] - 1) for seed in shared]
+    deviation = f" ± {statistics.stdev(percents):.0f}" if len(percents) > 1 else ""
+    return f"{statistics.mean(percents):+.0f}{deviation} %"
+
+
+def labels_for(error: float, curve: dict[int, float]) -> float | None:
+    """How many labels a curve {labels: error} needs for an error, between its points, straight in log-log.
+
+    None where the error lies outside of what the curve reaches.
+    """
+    points = sorted(curve.items())
+    for (few, high), (many, low) in pairwise(points):
+        if high >= error >= low and high > low:
+            share = math.log(high / error) / math.log(high / low)
+            return few * (many / few) ** share
+    return None
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+def trained(records: Iterable[Record], *suites: str) -> list[Record]:
+    """Runs that were trained on labels, of these suites."""
+    return [r for r in records if r["suite"] in suites and "arm" in r["run"]]
+
+
+def by_seed(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, dict[int, Record]]:
+    """Records by key, and by seed under it, in order of first sight."""
+    groups: dict[Any, dict[int, Record]] = defaultdict(dict)
+    for record in records:
+        groups[key(record)][record["run"]["seed"]] = record
+    return dict(groups)
+
+
+def arms_table(records: list[Record], split: str = "test") -> str:
+    """Errors of each arm, and their change against plain training by seed."""
+
+    def setting(record: Record) -> tuple[Any, ...]:
+        run = record["run"]
+        return run["data"], run["model"]["backbone"], number_of_labels(record), run["length"]["steps"]
+
+    groups = by_seed(records, lambda record: (*setting(record), record["run"]["arm"]))
+    rows = []
+    for key in sorted(groups, key=lambda key: key[:-1]):
+        *head, arm = key
+        seeds, plain = groups[key], groups.get((*head, FIRST), {})
+        cells = []
+        for name in ("force_mae", "energy_mae"):
+            values, base = (
+                {seed: _milli(r, name, split) for seed, r in g.items() if name in r["scores"][split]}
+                for g in (seeds, plain)
+            )
+            cells += [spread([*values.values()]), "" if arm == FIRST else change(values, base)]
+        rows.append([*map(str, head), arm, str(len(seeds)), *cells])
+    heads = ["data", "backbone", "labels", "steps", "training", "seeds"]
+    return table([*heads, "force MAE, meV/Å", "change", "energy MAE, meV/atom", "change"], rows)
+
+
+def _milli(record: Record, name: str, split: str = "test") -> float:
+    return 1000 * record["scores"][split][name]
+
+
+def compute_table(records: list[Record]) -> str:
+    """Test errors beside what a run cost: how many structures went through the model, pre-training included."""
+    groups = by_seed(
+        records,
+        lambda r: (
+            r["run"]["data"],
+            number_of_labels(r),
+            passed(r["run"]),
+            r["run"]["arm"],
+            r["run"]["length"]["steps"],
+        ),
+    )
+    rows = []
+    for data, labels, cost, arm, steps in sorted(groups):
+        seeds = groups[data, labels, cost, arm, steps]
+        cells = [
+            spread([_milli(r, name) for r in seeds.values() if name in r["scores"]["test"]])
+            for name in ("force_mae", "energy_mae")
+        ]
+        rows.append([data, str(labels), arm, str(steps), str(cost), str(len(seeds)), *cells])
+    heads = ["data", "labels", "training", "steps with labels", "structures passed", "seeds"]
+    return table([*heads, "force MAE, meV/Å", "energy MAE, meV/atom"], rows)
+
+
+def passed(run: Record) -> int:
+    """How many structures went through the model, forwards and back: a step of SCD runs each twice."""
+    count = run["length"]["steps"] * run["length"]["batch_size"]
+    before = run["pretraining"]
+    if before is not None:
+        passes = 1 if before["scd"].get("condition") == [] else 2
+        count += passes * before["length"]["steps"] * before["length"]["batch_size"]
+    return count
+
+
+def saved_table(records: list[Record]) -> str:
+    """How many times more labels plain training needs for an arm's error, of forces where there are any."""
+    rows = []
+    groups = by_seed(records, lambda r: (r["run"]["data"], r["run"]["arm"], number_of_labels(r)))
+    for data, arm, labels in sorted(groups, key=lambda key: (key[0], key[2], key[1])):
+        if arm == FIRST or labels == ALL[data]:
+            continue
+        factors, beyond = [], 0
+        for seed, record in groups[data, arm, labels].items():
+            curve = {
+                n: _error(seeds[seed])
+                for (d, a, n), seeds in groups.items()
+                if (d, a) == (data, FIRST) and seed in seeds
+            }
+            needed = labels_for(_error(record), curve)
+            if needed is not None:
+                factors.append(needed / labels)
+            elif curve and _error(record) < min(curve.values()):
+                beyond += 1
+        shown = spread(factors) if factors else ""
+        more = f"{beyond} of them better than plain training with any number tried" if beyond else ""
+        rows.append([data, arm, str(labels), str(len(groups[data, arm, labels])), shown, more])
+    return table(["data", "training", "labels", "seeds", "plain training needs so many times more", ""], rows)
+
+
+def _error(record: Record) -> float:
+    test = record["scores"]["test"]
+    return test.get("force_mae", test["energy_mae"])
+
+
+def budgets(records: Iterable[Record]) -> int:
+    """With how many numbers of labels plain training was run, on the data where it was with most."""
+    groups = by_seed(
+        (r for r in records if r["run"]["arm"] == FIRST), lambda r: (r["run"]["data"], number_of_labels(r))
+    )
+    datas = [data for data, _ in groups]
+    return max(map(datas.count, datas), default=0)
+
+
+def number_of_labels(record: Record) -> int:
+    """Number of structures with labels, also where it is all of them."""
+    return record["run"]["labels"] or ALL[record["run"]["data"]]
+
+
+ALL = {"Mo": 155, "Li": 193, "oxides": 189, "slabs": 960}
+"""How many training structures there are, see `structures.load`."""
+
+
+# --- the condition ----------------------------------------------------------------------------------------------------
+
+
+def ladder_table(records: list[Record]) -> str:
+    """Noise errors at the end of each run, and what the condition explains."""
+    plain = {_but_form(r): r for r in records if r["run"]["form"] == "plain"}
+    rows = []
+    for record in sorted(records, key=lambda r: (r["run"]["data"], r["run"]["model"]["channels"], r["run"]["seed"])):
+        run, last = record["run"], record["scores"]["curve"][-1]
+        cells = [_with_error(last.get(told)) for told in ("right", "other", "none")]
+        beside = plain.get(_but_form(record))
+        ratio = ""
+        if beside is not None and run["form"] != "plain":
+            ratio = ratio_of(record["scores"]["structures"]["right"], beside["scores"]["structures"]["none"])
+        head = [run["data"], str(run["model"]["channels"]), str(record["scores"]["steps"]), str(run["seed"])]
+        rows.append([*head, run["form"], *cells, ratio, f"{last['dimensions']:.1f}" if "dimensions" in last else ""])
+    heads = ["data", "channels", "steps", "seed", "told", "right", "another's", "none", "right / plain denoising"]
+    return table([*heads, "dimensions"], rows)
+
+
+def ratio_of(errors: Sequence[float], others: Sequence[float]) -> str:
+    """Ratio of the means of paired errors, with its standard error over structures."""
+    top, bottom = statistics.mean(errors), statistics.mean(others)
+    ratio = top / bottom
+    rest = [a - ratio * b for a, b in zip(errors, others, strict=True)]
+    return f"{ratio:.3f} ± {statistics.stdev(rest) / bottom / math.sqrt(len(rest)):.3f}"
+
+
+def _with_error(pair: Sequence[float] | None) -> str:
+    return "" if pair is None else f"{pair[0]:.4f} ± {pair[1]:.4f}"
+
+
+def _but_form(record: Record) -> str:
+    return repr(sorted((key, repr(value)) for key, value in record["run"].items() if key != "form"))

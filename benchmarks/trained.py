@@ -1,0 +1,306 @@
+"""One training of a study: a model trained for so many steps, watched on held-out structures, timed."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase import Atoms
+from torch import nn
+
+from benchmarks.common import DENOISING, PLAIN, hydra, make_trainer, training
+from benchmarks.neighbors import KeptNeighbors
+from benchmarks.noise import noise_errors
+from benchmarks.structures import KeptAseDB, Splits, write
+
+
+@dataclass(frozen=True)
+class Model:
+    """Arguments of `common.hydra`: backbone, blocks, channels, highest degree, cutoff in Å, neighbours; radial basis.
+
+    `lmax` counts for EquiformerV2 alone, `radial` for PaiNN alone.
+    """
+
+    backbone: str = "painn"
+    layers: int = 3
+    channels: int = 64
+    lmax: int = 2
+    radius: float = 4.2
+    neighbors: int = 30
+    radial: int = 32
+    mixed_sizes: bool = True
+
+    def block(self) -> dict[str, Any]:
+        """The `model:` block."""
+        sizes = asdict(self)
+        name, radial = sizes.pop("backbone"), sizes.pop("radial")
+        block = hydra(name, **sizes)
+        if name == "painn":
+            block["backbone"]["num_rbf"] = radial
+        return block
+
+
+@dataclass(frozen=True)
+class Length:
+    """How a training goes: AdamW, a linear warm-up of a twentieth of the steps, then a cosine."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    ema: float | None = 0.99
+    weight_decay: float = 0.001
+    clip: float = 100.0
+
+    def optim(self, structures: int) -> dict[str, Any]:
+        """The `optim:` block; epochs are whole, so the number of steps is nearly the one asked for."""
+        epoch = math.ceil(structures / self.batch_size)
+        how = {"ema": self.ema, "weight_decay": self.weight_decay, "clip": self.clip}
+        block = training(epochs=max(1, round(self.steps / epoch)), batch_size=self.batch_size, lr=self.lr, **how)
+        # The host makes whole steps of it, rounding down.
+        warmup = max(1, self.steps // 20)
+        block["scheduler_params"]["warmup_epochs"] = (warmup + 0.5) / epoch
+        return block
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Denoising of structures alone: settings of `task.denoising.scd`, and the training by it."""
+
+    scd: dict[str, Any]
+    length: Length
+    seed: int
+
+
+class Watch:
+    """Judges a trainer at so many points of its training, in place of the host's validation, and times the steps.
+
+    Attributes:
+        curve: what `judge` said, with the step.
+        seconds: processor time of the judging, to be left out of the training's.
+    """
+
+    def __init__(self, trainer: Any, judge: Callable[[Any], dict[str, Any]], at: int, metric: str) -> None:
+        self.curve: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self.steps = trainer.config["optim"]["max_epochs"] * len(trainer.train_loader)
+        trainer.config["optim"]["eval_every"] = max(1, self.steps // at)
+        trainer.config["optim"]["checkpoint_every"] = 10**12
+
+        def validate(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            start = time.process_time()
+            with averaged(trainer):
+                self.curve.append({"step": trainer.step, **judge(trainer)})
+            self.seconds += time.process_time() - start
+            return {metric: {"metric": math.inf}}  # the host is to keep no best checkpoint
+
+        trainer.validate = validate
+
+    def train(self, trainer: Any) -> dict[str, Any]:
+        """Train to the end.
+
+        Returns:
+            Number of steps, processor time of one in seconds, and the curve.
+        """
+        start = time.process_time()
+        trainer.train(disable_eval_tqdm=True)
+        seconds = time.process_time() - start - self.seconds
+        return {"steps": trainer.step, "seconds_per_step": round(seconds / trainer.step, 5), "curve": self.curve}
+
+
+@contextmanager
+def averaged(trainer: Any) -> Iterator[None]:
+    """While entered, the model is in eval mode and has the moving average of its weights, if the trainer keeps one."""
+    training = trainer.model.training
+    trainer.model.eval()
+    if trainer.ema:
+        trainer.ema.store()
+        trainer.ema.copy_to()
+    try:
+        yield
+    finally:
+        if trainer.ema:
+            trainer.ema.restore()
+        trainer.model.train(training)
+
+
+# --- energies and forces ----------------------------------------------------------------------------------------------
+
+
+def train_labels(
+    model: Model,
+    length: Length,
+    splits: Splits,
+    labelled: Sequence[Atoms],
+    *,
+    seed: int,
+    denoising: Mapping[str, Any],
+    start: Path | None,
+    quiet_heads: bool,
+    forces: bool = True,
+    points: int = 5,
+) -> dict[str, Any]:
+    """Train energies and forces, and score them.
+
+    Args:
+        labelled: what to train on.
+        denoising: the `task.denoising` block; empty: the host's own trainer.
+        start: checkpoint whose backbone to start from.
+        quiet_heads: let the last layer of the energy head start at zero.
+        forces: train forces too, not energies alone.
+        points: how often to look at the held-out structures.
+
+    Returns:
+        What `Watch.train` returns; `held_out` and `test`, errors in eV per atom and eV/Å of the averaged weights at the
+        end; `zero_test`, those of outputs that are zero.
+    """
+    block = model.block()
+    if start is not None:
+        del block["backbone"]
+        block["finetune_config"] = {"starting_checkpoint": str(start)}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = {
+            name: {"format": "kept_ase_db", "src": write(part, Path(folder) / f"{name}.db"), "a2g_args": dict(_LABELS)}
+            for name, part in (("train", labelled), ("val", splits.held_out), ("test", splits.test))
+        }
+        test = KeptAseDB(rows.pop("test"))
+        rows["train"]["transforms"] = _fitted(forces)
+        trainer = make_trainer(
+            DENOISING if denoising else PLAIN,
+            block,
+            rows,
+            length.optim(len(labelled)),
+            seed=seed,
+            denoising=dict(denoising),
+            forces=forces,
+        )
+        KeptNeighbors(trainer._unwrapped_model.backbone)
+        if quiet_heads:
+            quieten(trainer)
+        watch = Watch(trainer, lambda t: errors(t, t.val_dataset), points, "forces_mae" if forces else "energy_mae")
+        scores = watch.train(trainer)
+        with averaged(trainer):
+            scores |= {"held_out": errors(trainer, trainer.val_dataset), "test": errors(trainer, test)}
+            scores["zero_test"] = errors(trainer, test, zero=True)
+    return scores
+
+
+_LABELS = {"r_energy": True, "r_forces": True}
+
+
+def _fitted(forces: bool) -> dict[str, Any]:
+    """Sizes vary: energies relative to the best energy per atom. All fitted by the host, to the labels trained on."""
+    targets = {"energy": {"mean": 0.0}, **({"forces": {"mean": 0.0}} if forces else {})}
+    return {
+        "element_references": {"fit": {"targets": ["energy"], "batch_size": 32}},
+        "normalizer": {"fit": {"targets": targets, "batch_size": 32}},
+    }
+
+
+def quieten(trainer: Any) -> None:
+    """Set the last layer of the energy head to zero: the first prediction is the fitted references' own.
+
+    A random last layer makes errors of some tenths of the normaliser an atom, out of features that are good already.
+    """
+    layers = [m for m in trainer._unwrapped_model.output_heads["energy"].modules() if _is_linear(m)]
+    with torch.no_grad():
+        for parameter in layers[-1].parameters():
+            parameter.zero_()
+    if trainer.ema:
+        for shadow, parameter in zip(trainer.ema.shadow_params, trainer.ema._get_parameters(None), strict=True):
+            shadow.copy_(parameter.detach())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ in ("SO3_Linear", "SO3_LinearV2")
+
+
+@torch.no_grad()
+def errors(trainer: Any, rows: Any, *, zero: bool = False, batch_size: int = 32) -> dict[str, float]:
+    """Errors of a trainer's present weights on a dataset.
+
+    Args:
+        zero: of outputs that are zero instead.
+
+    Returns:
+        `energy_mae`, eV per atom; where forces are an output, `force_mae` and `force_rmse` of components, eV/Å.
+    """
+    energies, forces = [], []
+    for start in range(0, len(rows), batch_size):
+        batch = trainer.collater([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+        out = trainer._forward(batch)
+        out = {name: torch.zeros_like(value) if zero else value for name, value in out.items()}
+        energy = trainer._denorm_preds("energy", out["energy"], batch).view(-1)
+        energies.append((energy - batch.energy) / batch.natoms)
+        if "forces" in out:
+            forces.append(trainer._denorm_preds("forces", out["forces"], batch) - batch.forces)
+    found = {"energy_mae": torch.cat(energies).abs().mean()}
+    if forces:
+        force = torch.cat(forces)
+        found |= {"force_mae": force.abs().mean(), "force_rmse": force.square().mean().sqrt()}
+    return {name: round(value.item(), 6) for name, value in found.items()}
+
+
+# --- structures alone -------------------------------------------------------------------------------------------------
+
+
+def denoiser(
+    model: Model,
+    length: Length,
+    structures: Sequence[Atoms],
+    held_out: Sequence[Atoms],
+    folder: Path,
+    *,
+    scd: Mapping[str, Any],
+    seed: int,
+) -> Any:
+    """A trainer of denoising alone, which reads no labels."""
+    trainer = make_trainer(
+        DENOISING,
+        model.block(),
+        {
+            "train": {
+                "format": "kept_ase_db",
+                "src": write(structures, folder / "train.db"),
+                "a2g_args": {"r_energy": False, "r_forces": False},
+            },
+            "val": {"src": write(held_out, folder / "held_out.db")},
+        },
+        length.optim(len(structures)),
+        seed=seed,
+        denoising={"scd": dict(scd)},
+        supervised=False,
+        folder=folder,
+    )
+    KeptNeighbors(trainer._unwrapped_model.backbone)
+    return trainer
+
+
+def pretrain(model: Model, how: Pretraining, splits: Splits, checkpoint: Path) -> dict[str, Any]:
+    """Denoise the training structures, and keep the averaged weights as a checkpoint.
+
+    Returns:
+        What `Watch.train` returns, with the noise error on held-out structures in its curve.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = denoiser(model, how.length, splits.train, splits.held_out, Path(folder), scd=how.scd, seed=how.seed)
+        batch = next(iter(trainer.train_loader))
+        assert not {"energy", "forces"} & set(batch.keys()), "labels were read in pre-training"
+        told = "right" if "self" in trainer.tasks["scd"].settings.condition else "none"
+        watch = Watch(
+            trainer, lambda t: {"noise": round(noise_errors(t, told).mean().item(), 5)}, 5, "denoising_pos_mae"
+        )
+        scores = watch.train(trainer)
+        saved = trainer.save(checkpoint_file="pretrained.pt", training_state=False)
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        part = checkpoint.with_suffix(".part")
+        shutil.copyfile(saved, part)
+        part.replace(checkpoint)
+    return scores

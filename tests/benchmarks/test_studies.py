@@ -1,0 +1,272 @@
+"""The studies in benchmarks/: resuming, pairing, tables, and what they do to the host's models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ase
+import numpy as np
+import pytest
+import torch
+from fairchem.core.common.registry import registry
+from fairchem.core.common.utils import setup_imports
+from fairchem.core.datasets import data_list_collater
+from fairchem.core.models.base import HydraModel
+from fairchem.core.preprocessing import AtomsToGraphs
+
+from benchmarks import condition, learning, report, structures, tables
+from benchmarks.neighbors import KeptNeighbors
+from benchmarks.noise import mean_of_structures, participation_ratio, told_differences
+from benchmarks.results import Results, key_of
+from benchmarks.trained import Length, Model, quieten
+
+setup_imports()
+
+
+def record(arm: str, seed: int, force: float, labels: int | None = 12, energy: float = 0.01) -> dict[str, Any]:
+    run = {"data": "Mo", "arm": arm, "seed": seed, "labels": labels, "model": {"backbone": "painn"}}
+    run["length"] = {"steps": 300}
+    scores = {"test": {"force_mae": force, "energy_mae": energy}, "seconds_per_step": 0.5}
+    return {"suite": "few", "run": run, "scores": scores}
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_the_file_is_not_claimed_again_whatever_the_order_of_its_keys(tmp_path: Path) -> None:
+    results = Results(tmp_path / "r.jsonl")
+    with results.claimed({"a": 1, "b": {"c": 2, "d": None}}) as mine:
+        assert mine
+        results.append({"run": {"a": 1, "b": {"c": 2, "d": None}}})
+    with results.claimed({"b": {"d": None, "c": 2}, "a": 1}) as mine:
+        assert not mine
+    with results.claimed({"a": 1, "b": {"c": 3, "d": None}}) as mine:
+        assert mine
+
+
+def test_a_run_is_claimed_by_one_worker_at_a_time_and_free_after_it(tmp_path: Path) -> None:
+    first, second = Results(tmp_path / "r.jsonl"), Results(tmp_path / "r.jsonl")
+    with first.claimed({"a": 1}) as one, second.claimed({"a": 1}) as two, second.claimed({"a": 2}) as other:
+        assert (one, two, other) == (True, False, True)
+    with second.claimed({"a": 1}) as two:
+        assert two
+
+
+def test_a_line_cut_short_counts_as_not_done_and_the_next_is_whole(tmp_path: Path) -> None:
+    results = Results(tmp_path / "r.jsonl")
+    results.append({"run": {"a": 1}})
+    with results.path.open("a") as file:
+        file.write('{"run": {"a": 2}, "scor')
+    results.append({"run": {"a": 3}})
+    assert [r["run"] for r in results.records()] == [{"a": 1}, {"a": 3}]
+    assert {"a": 2} not in results
+    assert {"a": 3} in results
+
+
+def test_settings_that_differ_have_other_names() -> None:
+    one = {"length": {"steps": 300, "lr": 1e-3}, "labels": None}
+    assert key_of(one) == key_of(json.loads(json.dumps(one)))
+    assert key_of(one) != key_of({**one, "labels": 12})
+
+
+def test_options_narrow_a_suite_down() -> None:
+    line = ["few", "--data", ".", "--only", "Mo", "--arms", "plain", "SCD, then plain", "--labels", "24", "all"]
+    runs = list(learning.chosen(learning._parse([*line, "--seeds", "3"])))
+    assert [(r.data, r.labels, r.arm, r.seed) for r in runs] == [
+        ("Mo", 24, "plain", 3),
+        ("Mo", 24, "SCD, then plain", 3),
+        ("Mo", None, "plain", 3),
+        ("Mo", None, "SCD, then plain", 3),
+    ]
+    assert runs[0].pretraining is None
+    assert runs[1].pretraining == runs[3].pretraining
+    assert (runs[1].pretraining.scd, runs[1].pretraining.seed) == ({"std": 0.04}, 3)
+
+
+@pytest.mark.parametrize("name", learning.SUITES)
+def test_no_two_runs_of_a_suite_have_one_name(name: str) -> None:
+    names = [key_of(asdict(run)) for run in learning.SUITES[name].runs([0, 1])]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", condition.SUITES)
+def test_no_two_runs_of_the_condition_have_one_name(name: str) -> None:
+    names = [key_of(asdict(run)) for run in condition.suite(name, [0, 1], None, None)]
+    assert len(names) == len(set(names))
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def test_more_labels_of_a_seed_contain_fewer_and_other_seeds_have_others() -> None:
+    splits = structures.Splits(train=[ase.Atoms(f"H{n}") for n in range(1, 41)], held_out=[], test=[])
+    few, more, other = splits.labelled(12, 0), splits.labelled(24, 0), splits.labelled(12, 1)
+    assert few == more[:12]
+    assert len(splits.labelled(None, 0)) == 40
+    assert [len(a) for a in few] != [len(a) for a in other]
+    with pytest.raises(ValueError, match="41 labels asked for; there are 40"):
+        splits.labelled(41, 0)
+
+
+def test_no_structure_is_in_two_splits() -> None:
+    splits = structures.load("two_atoms", None)
+    seen = [atoms.positions.tobytes() for part in (splits.train, splits.held_out, splits.test) for atoms in part]
+    assert len(seen) == len(set(seen)) == 2400 + 128
+    one, again = (structures._two_atoms(np.random.default_rng(0)) for _ in range(2))
+    assert np.array_equal(one.positions, again.positions)
+
+
+@pytest.mark.parametrize(("count", "steps"), [(12, 300), (155, 312)])
+def test_a_length_is_in_steps_whatever_the_number_of_structures(count: int, steps: int) -> None:
+    block = Length(300, 4, 1e-3).optim(count)
+    epoch = -(-count // 4)
+    assert block["max_epochs"] * epoch == steps
+    assert int(block["scheduler_params"]["warmup_epochs"] * epoch) == 15
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def batch() -> Any:
+    converter = AtomsToGraphs(r_energy=False, r_forces=False, r_edges=False, r_pbc=True)
+    rows = []
+    for i, atoms in enumerate(
+        structures.load("four_atoms", None).test[:3] + structures.load("two_atoms", None).test[:2]
+    ):
+        row = converter.convert(atoms)
+        row.sid, row.fid, row.natoms = i, 0, len(atoms)
+        rows.append(row)
+    return data_list_collater(rows, otf_graph=True)
+
+
+def hydra(name: str, **denoising: Any) -> Any:
+    torch.manual_seed(0)
+    block = Model(name, layers=2, channels=8, lmax=1, radius=4.5, neighbors=60).block()
+    kind = registry.get_model_class("fairchem_scd.DenoisingHydra") if denoising else HydraModel
+    if denoising:
+        block["denoising"] = denoising
+    del block["name"]
+    return kind(**block).eval()
+
+
+def test_kept_neighbours_are_the_hosts_where_atoms_moved_a_little_and_where_far(batch: Any) -> None:
+    host, kept = hydra("painn"), hydra("painn")
+    KeptNeighbors(kept.backbone)
+    start = batch.pos.clone()
+    for displacement in (0.0, 0.1, 0.8):
+        torch.manual_seed(1)
+        batch.pos = start + displacement * torch.randn_like(start)
+        expected, found = host.backbone.generate_graph(batch), kept.backbone.generate_graph(batch)
+        assert torch.equal(found.neighbors, expected.neighbors)
+        torch.testing.assert_close(found.edge_distance.sort().values, expected.edge_distance.sort().values)
+        torch.testing.assert_close(kept(batch)["forces"], host(batch)["forces"], atol=1e-5, rtol=1e-4)
+    batch.pos = start
+
+
+def test_kept_neighbours_refuse_to_cut(batch: Any) -> None:
+    model = hydra("painn")
+    model.backbone.max_neighbors = 3
+    KeptNeighbors(model.backbone)
+    with pytest.raises(ValueError, match="more than 3 neighbours"):
+        model(batch)
+
+
+@pytest.mark.parametrize("name", ["painn", "equiformer_v2"])
+def test_a_quiet_head_says_nothing_at_first_and_forces_stay(name: str, batch: Any) -> None:
+    model = hydra(name)
+    torch.manual_seed(0)
+    before = model(batch)
+    assert before["energy"].abs().min() > 0
+    quieten(SimpleNamespace(_unwrapped_model=model, ema=None))
+    torch.manual_seed(0)
+    after = model(batch)
+    assert torch.equal(after["energy"], torch.zeros_like(after["energy"]))
+    assert torch.equal(after["forces"], before["forces"])
+
+
+def test_told_differences_or_not_the_plain_model_stays_what_it_is(batch: Any) -> None:
+    model = hydra("painn", scd={})
+    before = model(batch)["forces"]
+    told_differences(model)
+    assert torch.equal(model(batch)["forces"], before)
+
+
+def test_means_of_structures(batch: Any) -> None:
+    values = torch.arange(len(batch.pos), dtype=torch.float)[:, None] * torch.tensor([[1.0, -2.0]])
+    expected = torch.stack([part.mean(dim=0) for part in values.split(batch.natoms.tolist())])
+    torch.testing.assert_close(mean_of_structures(values, batch.batch, len(batch.natoms)), expected)
+
+
+def test_participation_ratio_counts_dimensions() -> None:
+    line = torch.linspace(-1, 1, 9)[:, None] * torch.tensor([[1.0, 2.0, 3.0]])
+    cube = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    assert participation_ratio(line) == pytest.approx(1)
+    assert participation_ratio(cube) == pytest.approx(3)
+    assert participation_ratio(torch.ones(4, 3)) == 0
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def test_changes_are_between_runs_of_the_same_seed() -> None:
+    assert tables.change({0: 50.0, 1: 220.0, 2: 7.0}, {0: 100.0, 1: 200.0}) == "-20 ± 42 %"
+    assert tables.change({0: 50.0}, {1: 100.0}) == ""
+
+
+def test_labels_saved_are_exact_on_a_power_law() -> None:
+    curve = {n: 8 / n**0.5 for n in (12, 24, 48, 96)}
+    assert tables.labels_for(8 / 30**0.5, curve) == pytest.approx(30)
+    assert tables.labels_for(0.1, curve) is None
+    records = [record("plain", 0, error, n) for n, error in curve.items()]
+    line = tables.saved_table([*records, record("SCD, then plain", 0, 8 / 36**0.5, 12)]).splitlines()[-1]
+    assert "| 12 | 1 | 3.0 |" in line
+
+
+def test_arms_stand_beside_plain_training_of_the_same_labels() -> None:
+    records = [record("plain", 0, 0.2), record("plain", 1, 0.1), record("plain", 0, 0.05, None)]
+    records += [record("DeNS", 0, 0.1), record("DeNS", 1, 0.2)]
+    lines = tables.arms_table(records).splitlines()[2:]
+    assert [line.split(" | ")[2:6] for line in lines] == [
+        ["12", "300", "plain", "2"],
+        ["12", "300", "DeNS", "2"],
+        ["155", "300", "plain", "1"],
+    ]
+    assert "| 150.0 ± 70.7 | +25 ± 106 % |" in lines[1]
+
+
+def test_a_ratio_of_paired_errors_has_no_error_where_they_are_proportional() -> None:
+    assert tables.ratio_of([0.5, 1.0, 2.0], [1.0, 2.0, 4.0]) == "0.500 ± 0.000"
+    assert tables.ratio_of([1.0, 3.0], [2.0, 2.0]) == "1.000 ± 0.500"
+
+
+def test_a_section_waits_for_both_sides_of_its_comparison() -> None:
+    plain, other = record("plain", 0, 0.2), record("SCD, then plain", 0, 0.1)
+    elsewhere = record("SCD, then plain", 1, 0.1)
+    assert report.sections([plain, elsewhere], [])["few"] == ""
+    assert "-50 %" in report.sections([plain, other], [])["few"]
+
+
+def test_structures_passed_count_pretraining_and_both_passes_of_scd() -> None:
+    length = {"steps": 300, "batch_size": 4}
+    before = {"length": {"steps": 400, "batch_size": 8}}
+    assert tables.passed({"length": length, "pretraining": None}) == 1200
+    assert tables.passed({"length": length, "pretraining": {**before, "scd": {"condition": []}}}) == 1200 + 3200
+    assert tables.passed({"length": length, "pretraining": {**before, "scd": {"std": 0.04}}}) == 1200 + 6400
+
+
+def test_only_what_stands_between_marks_is_replaced() -> None:
+    page = "a\n<!-- begin few -->\nold\n<!-- end few -->\nb\n"
+    assert report.fill(page, {"few": "new\n", "more": ""}) == page.replace("old", "new")
+    with pytest.raises(KeyError):
+        report.fill(page, {})
+
+
+def test_the_page_says_what_the_results_say() -> None:
+    learning, condition = (Results(report.HERE / "results" / f"{n}.jsonl").records() for n in ("learning", "condition"))
+    page = report.PAGE.read_text()
+    assert report.fill(page, report.sections(learning, condition)) == page
