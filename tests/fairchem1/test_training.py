@@ -379,7 +379,7 @@ def test_the_branch_is_alive(name, data, tmp_path):
     config["dataset"]["train"].update(src=str(data / "alive"), num_structures=48, num_systems=2)
     del config["dataset"]["val"]
     config["model"]["backbone"].update(max_neighbors=12)
-    config["optim"].update(max_epochs=10, lr_initial=0.005, ema_decay=None, eval_every=10**9)
+    config["optim"].update(max_epochs=7, lr_initial=0.005, ema_decay=None, eval_every=10**9)
     trainer = make_trainer(config, tmp_path)
     trainer.train(disable_eval_tqdm=True)
     model, task = trainer.model.eval(), trainer.tasks["dens"]
