@@ -10,7 +10,7 @@ import pytest
 import fairchem_scd
 
 FORMER = {
-    "fairchem_scd.backbones": ("register_adapter", "fairchem_scd.fairchem1.backbones"),
+    "fairchem_scd.backbones": ("known_backbones", "fairchem_scd.fairchem1.backbones"),
     "fairchem_scd.backbones.edge_vector": ("EdgeVectorHead", "fairchem_scd.denoising.edge_vector"),
     "fairchem_scd.backbones.hooks": ("hooked", "fairchem_scd.denoising.hooks"),
     "fairchem_scd.checkpoint": ("export", "fairchem_scd.fairchem1.checkpoint"),
