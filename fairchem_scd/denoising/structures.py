@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairchem_scd.denoising.periodic import wrapped
 from fairchem_scd.errors import ConfigError
 
 
@@ -26,6 +27,8 @@ class Structures:
         stress: [B, 9] or [B, 3, 3].
         md: [B] bool, frames of molecular dynamics.
         skip_dens: [B] bool, structures the data itself excludes.
+        cell: [B, 3, 3] lattice vectors in rows, Å.
+        pbc: [B, 3] bool, the directions in which the model repeats a structure; None: it repeats none.
     """
 
     ids: Sequence[str]
@@ -37,11 +40,20 @@ class Structures:
     stress: Tensor | None = None
     md: Tensor | None = None
     skip_dens: Tensor | None = None
+    cell: Tensor | None = None
+    pbc: Tensor | None = None
 
     @property
     def batch(self) -> Tensor:
         """[N] the structure of each atom."""
         return torch.repeat_interleave(torch.arange(len(self.natoms)), self.natoms)
+
+    def displaced(self, noise: Tensor) -> Tensor:
+        """[N, 3] positions after displacements [N, 3], Å; inside the cell where structures are periodic."""
+        pos = self.pos + noise
+        if self.cell is None or self.pbc is None:
+            return pos
+        return wrapped(pos, self.cell, self.pbc, self.batch)
 
 
 def structures_of(batch: Any) -> Structures:

@@ -67,7 +67,7 @@ class Dens(DenoisingTask):
 
     def passes(self, structures: Structures, corruption: Corruption, *, seed: int, step: int) -> tuple[Pass, ...]:
         encoding = self._force_encoding(structures, corruption) if self.conditions_on_forces else None
-        return (Pass(structures.pos + corruption.noise, encoding=encoding, noise=True),)
+        return (Pass(structures.displaced(corruption.noise), encoding=encoding, noise=True),)
 
     def objective(self, progress: float) -> Objective:
         s = self.settings

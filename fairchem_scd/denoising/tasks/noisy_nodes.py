@@ -47,7 +47,7 @@ class NoisyNodes(DenoisingTask):
         )
 
     def passes(self, structures: Structures, corruption: Corruption, *, seed: int, step: int) -> tuple[Pass, ...]:
-        return (Pass(structures.pos + corruption.noise, outputs=self.supervised, noise=True),)
+        return (Pass(structures.displaced(corruption.noise), outputs=self.supervised, noise=True),)
 
     def objective(self, progress: float) -> Objective:
         return Objective(coefficient=self.settings.coefficient, scale=self.settings.std, loss=self.settings.loss)

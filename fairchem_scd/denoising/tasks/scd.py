@@ -114,7 +114,7 @@ class Scd(DenoisingTask):
         elif self.supervised:
             clean.append(Pass(structures.pos))
         noisy = Pass(
-            structures.pos + corruption.noise,
+            structures.displaced(corruption.noise),
             subset=self._denoised(structures, corruption),
             encoding=self._force_encoding(structures, corruption) if self.conditions_on_forces else None,
             conditioned=conditioned,
@@ -158,7 +158,7 @@ class Scd(DenoisingTask):
         if std == 0:
             return structures.pos
         view = self._noise(structures, s.embed_tags, (std,), seed, step, purpose="clean view of ")
-        return structures.pos + view.noise
+        return structures.displaced(view.noise)
 
     def _embedded_atoms(self, structures: Structures) -> Tensor:
         """[N] bool. With `embed_tags`, no single atoms: they would be graphs without edges, which hosts cannot run."""
