@@ -112,7 +112,7 @@ class Adapter(ABC):
 
     @property
     def encoding_spec(self) -> dict[str, Any]:
-        """The arguments `lmax_list`, `channels` and `bound` of a ForceEncoding for this backbone.
+        """The arguments of a ForceEncoding for this backbone: `lmax_list`, `channels`, `bound`, perhaps `weight_decay`.
 
         Raises:
             ConfigError: the atoms have no features that rotate with the structure.

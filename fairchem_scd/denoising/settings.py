@@ -301,4 +301,9 @@ class DenoisingBlock(_Block):
         "replaced by the next good row (`skip`); docs/long-runs.md says which rows are bad",
     )
     drop_path: DropPathSettings | None = Field(None, description="a schedule for the backbone's drop path")
+    drop_path_per: Literal["structure", "atom"] = Field(
+        "structure",
+        description="what the backbone's drop path leaves a block's update out for: whole structures, as fairchem "
+        "does (`structure`), or each atom on its own, as SCD's authors do (`atom`)",
+    )
     repeat_cells: CellRepeatSettings | None = Field(None, description="repeat small periodic cells in training")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from fairchem_scd.denoising import passes
-from fairchem_scd.denoising.conditions import ConditionHead, Modulation
+from fairchem_scd.denoising.conditions import ConditionHead, ForceEncoding, Modulation
 from fairchem_scd.denoising.edge_vector import EdgeVectorHead
 from fairchem_scd.denoising.plan import Pass, Plan
 from fairchem_scd.denoising.structures import structures_of
@@ -143,7 +143,7 @@ def freeze(model: DenoisingHydra) -> None:
         parameter.requires_grad_(False)
 
 
-def no_weight_decay_names(model: HydraModel, *, legacy: bool, self_supervised: bool) -> set[str]:
+def no_weight_decay_names(model: HydraModel, *, legacy: bool, self_supervised: bool, former: bool = False) -> set[str]:
     """Names of the parameters without weight decay.
 
     Args:
@@ -151,6 +151,8 @@ def no_weight_decay_names(model: HydraModel, *, legacy: bool, self_supervised: b
         legacy: choose them by the rule of the backbone's legacy model.
         self_supervised: choose them by that rule and by the hydra's. Together they are what SCD's paper says: biases,
             norms and embeddings.
+        former: choose them as this package once did, when every force encoding had weight decay. Optimiser states in
+            checkpoints of that time are in that order.
     """
     names: set[str] = set()
     if legacy or self_supervised:
@@ -162,6 +164,8 @@ def no_weight_decay_names(model: HydraModel, *, legacy: bool, self_supervised: b
         if isinstance(module, (ConditionHead, Modulation, EdgeVectorHead)):
             vectors = (name for name, p in module.named_parameters() if p.dim() < 2)
             names |= {f"{prefix}.{name}" for name in vectors}
+        elif isinstance(module, ForceEncoding) and not (module.weight_decay or former):
+            names |= {f"{prefix}.{name}" for name, _ in module.named_parameters()}
     return names
 
 

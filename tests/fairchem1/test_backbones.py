@@ -8,13 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from fairchem.core.common.registry import registry
+from fairchem.core.models.equiformer_v2.so3 import SO3_LinearV2
+from fairchem.core.models.equiformer_v2.weight_initialization import eqv2_init_weights
+from scipy.stats import ks_2samp
 
 from fairchem_scd import ConfigError, DenoisingHydra
+from fairchem_scd.denoising.conditions import ForceEncoding
 from fairchem_scd.fairchem1.backbones import adapters
+from fairchem_scd.fairchem1.backbones.equiformer_v2 import AtomDropPath
 from fairchem_scd.fairchem1.legacy import hydra_key, to_hydra
 from fairchem_scd.fairchem1.legacy_models import LEGACY_MODELS
 from fairchem_scd.testing import SCD, BackboneClaims, collate, gradients
 from tests.support import claims
+from tests.support.models import hydra_arguments
 
 
 class TestEquiformerV2(claims.EquiformerV2):
@@ -88,6 +94,44 @@ def test_painn_without_direct_forces_is_refused_with_the_reason():
 def test_schnet_is_refused_with_the_reason():
     with pytest.raises(ConfigError, match=r"schnet.*no hydra backbone"):
         to_hydra({"name": "schnet", "hidden_channels": 8})
+
+
+# --- EquiformerV2's own ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_init", ["normal", "uniform"])
+def test_the_force_encoding_starts_as_the_hosts_own_maps_from_one_channel_do(weight_init):
+    """EquiformerV2's DeNS models encode forces by an SO3_LinearV2 and σ by a Linear, and initialise both so."""
+    torch.manual_seed(0)
+    channels = 4000
+    block = {"weight_init": weight_init}
+    model = DenoisingHydra(denoising={"dens": {}}, **hydra_arguments("equiformer_v2", **block))
+    spec = {**model.adapter.encoding_spec, "channels": channels}
+    ours = ForceEncoding(**spec, sigma=True)
+    for weight, theirs in (
+        (ours.force_weight, SO3_LinearV2(1, channels, lmax=2)),
+        (ours.sigma_weight, torch.nn.Linear(1, channels)),
+    ):
+        eqv2_init_weights(theirs, weight_init)
+        samples = weight.detach().flatten(), theirs.weight.detach().flatten()
+        assert len(samples[0]) == len(samples[1])
+        assert ks_2samp(*samples).pvalue > 1e-3
+        others = torch.rand(len(samples[0])) * 2 - 1 if weight_init == "normal" else torch.randn(len(samples[0]))
+        assert ks_2samp(samples[0], others).pvalue < 1e-9, "samples of this size tell the two apart"
+
+
+def test_drop_path_per_atom_leaves_out_the_update_of_each_atom_on_its_own():
+    """All degrees and channels of an atom together, as the host does it for whole structures."""
+    torch.manual_seed(0)
+    rate, natoms = 0.3, 3000
+    batch, x = torch.zeros(natoms, dtype=torch.long), 1 + torch.rand(natoms, 9, 4)
+    drop = AtomDropPath(rate)
+    kept = drop(x, batch) / x
+    assert torch.equal(kept.amin(dim=(1, 2)) > 0, kept.amax(dim=(1, 2)) > 0)
+    of_atom = kept[:, 0, 0]
+    assert abs(float((of_atom == 0).float().mean()) - rate) < 4 * (rate * (1 - rate) / natoms) ** 0.5
+    torch.testing.assert_close(kept[of_atom > 0], torch.full_like(kept[of_atom > 0], 1 / (1 - rate)))
+    assert torch.equal(drop.eval()(x, batch), x)
 
 
 def test_the_readme_says_what_works_on_which_backbone():

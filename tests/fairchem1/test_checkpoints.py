@@ -12,6 +12,7 @@ from fairchem.core.models.base import HydraModel
 
 from fairchem_scd import ConfigError, DenoisingHydra
 from fairchem_scd.fairchem1 import checkpoint
+from fairchem_scd.fairchem1.backbones import ESCNAdapter
 from fairchem_scd.fairchem1.legacy import hydra_key
 from fairchem_scd.testing import collate, make_trainer
 from tests.support.command_line import fairchem_on
@@ -573,3 +574,57 @@ def test_a_checkpoint_that_is_not_there_or_does_not_fit(finished, data, tmp_path
         trainer.load_checkpoint(str(finished("hydra", "escn")[1]))
     with pytest.raises(ConfigError, match=r"optim\.optimizer_params\.weight_decay: zero in one"):
         trainer.load_checkpoint(str(finished("hydra", "equiformer_v2")[1]))
+
+
+# --- which parameters have weight decay ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "decays"), [("escn", False), ("equiformer_v2", True)])
+def test_the_force_encoding_has_weight_decay_where_it_has_in_the_dens_authors_code(name, decays, finished):
+    trainer, _ = finished("dens", name)
+    assert bool(decayed(trainer)["denoising.dens.encoding.force_weight"]) == decays
+
+
+@pytest.fixture
+def of_before(data, tmp_path, monkeypatch):
+    """A run of eSCN with DeNS, and its checkpoint, from when the force encoding had weight decay there too."""
+    spec = ESCNAdapter.encoding_spec.fget
+    with monkeypatch.context() as patch:
+        patch.setattr(ESCNAdapter, "encoding_spec", property(lambda adapter: {**spec(adapter), "weight_decay": True}))
+        trainer = trained(config_of(data, "hydra", "escn"), tmp_path / "before")
+    assert decayed(trainer)["denoising.dens.encoding.force_weight"]
+    return trainer, folder_of(trainer) / "checkpoint.pt"
+
+
+def test_a_run_goes_on_from_before_its_force_encoding_lost_weight_decay(of_before, data, tmp_path):
+    """Each parameter keeps its own optimiser state, though the states are stored by position."""
+    before, path = of_before
+    trainer = make_trainer(config_of(data, "hydra", "escn", epochs=2), tmp_path)
+    trainer.load_checkpoint(str(path))
+    assert_equal(optimizer_state(trainer), optimizer_state(before))
+    assert_equal(average(trainer), average(before))
+    assert not decayed(trainer)["denoising.dens.encoding.force_weight"]
+    changed = {name for name, value in decayed(trainer).items() if value != decayed(before)[name]}
+    assert changed == {"denoising.dens.encoding.force_weight"}
+    stored = checkpoint.read(path)["optimizer"]["param_groups"]
+    for group, former in zip(trainer.optimizer.param_groups, stored, strict=True):
+        scheduled = {"params", "lr"}  # the schedule's step after the checkpoint was written is made up for
+        assert {k: v for k, v in group.items() if k not in scheduled} == {
+            k: v for k, v in former.items() if k not in scheduled
+        }
+    trainer.train(disable_eval_tqdm=True)
+    assert trainer.step == 4
+
+
+def test_with_other_tasks_it_goes_on_too(of_before, data, tmp_path):
+    before, path = of_before
+    trainer = make_trainer(config_of(data, "hydra", "escn", denoising={"scd": {}}), tmp_path)
+    trainer.load_checkpoint(str(path))
+    state = host_part(optimizer_state(trainer))
+    assert_equal(state, host_part(optimizer_state(before)))
+
+
+def test_a_checkpoint_of_the_present_groups_is_loaded_as_it_is(finished):
+    trainer, path = finished("dens", "escn")
+    stored = checkpoint.read(path)
+    assert checkpoint.regrouped(stored, trainer._unwrapped_model, trainer.optimizer) is stored

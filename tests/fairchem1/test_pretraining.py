@@ -14,10 +14,12 @@ import torch
 from ase import Atoms
 from ase.constraints import FixAtoms
 from ase.db import connect
+from fairchem.core.models.equiformer_v2.drop import GraphDropPath
 
 from fairchem_scd.denoising.plan import NOISE, VALIDATION, Plan
 from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.errors import ConfigError, DataError
+from fairchem_scd.fairchem1.backbones.equiformer_v2 import AtomDropPath
 from fairchem_scd.fairchem1.checkpoint import read, to_plain
 from fairchem_scd.testing import collate, make_trainer, slabs
 from tests.support.configs import pretraining, tiny_config
@@ -335,6 +337,31 @@ def test_ours_fine_tunes_with_what_pre_training_added_and_a_falling_drop_path(da
     assert alone.model.backbone.blocks[1].drop_path.drop_prob == 0.2, "without any task too"
     with pytest.raises(ConfigError, match=r"task\.denoising\.drop_path: escn_backbone has no drop path"):
         make_trainer(tiny_config(data, "escn", {"scd": {}, "drop_path": {}}), tmp_path, identifier="escn")
+
+
+def test_drop_path_draws_for_structures_or_for_atoms_as_the_config_says(data, tmp_path, caplog):
+    def drop_paths(rate, **block):
+        config = pretraining(data, denoising={"scd": {}, **block}, optim={"max_epochs": 1})
+        config["model"]["backbone"]["drop_path_rate"] = rate
+        trainer = make_trainer(config, tmp_path, identifier="atoms")
+        return trainer, [block.drop_path for block in trainer.model.backbone.blocks]
+
+    _, whole = drop_paths(0.2)
+    assert {type(drop) for drop in whole} == {GraphDropPath}
+    trainer, each = drop_paths(0.2, drop_path_per="atom")
+    assert [type(drop) for drop in each] == [AtomDropPath] * 2
+    assert [drop.drop_prob for drop in each] == [0.2, 0.2]
+    trainer.train(disable_eval_tqdm=True)
+    assert np.isfinite(trainer.metrics["loss"]["metric"])
+    trainer, falling = drop_paths(0.0, drop_path_per="atom", drop_path={"start": 0.4, "end": 0.1, "steps": 1})
+    trainer.train(disable_eval_tqdm=True)
+    assert [type(drop) for drop in falling] == [AtomDropPath] * 2
+    assert [drop.drop_prob for drop in falling] == pytest.approx([0.1, 0.1]), "the schedule sets their rate too"
+    assert "drop_path_per" not in caplog.text
+    drop_paths(0.0, drop_path_per="atom")
+    assert "task.denoising.drop_path_per: no effect" in caplog.text
+    with pytest.raises(ConfigError, match=r"task\.denoising\.drop_path_per: escn_backbone has no drop path"):
+        make_trainer(tiny_config(data, "escn", {"scd": {}, "drop_path_per": "atom"}), tmp_path, identifier="escn")
 
 
 def test_a_checkpoint_of_pre_training_is_no_checkpoint_of_training_and_says_what_to_do(data, pretrained, tmp_path):

@@ -20,15 +20,25 @@ class ForceEncoding(nn.Module):
     Args:
         lmax_list: highest degree of each resolution of the backbone.
         channels: channels C of one resolution.
-        bound: initial weights are uniform in ±bound.
+        bound: initial weights of the forces are uniform in ±bound, and those of σ in ±1; None: both are normal with
+            standard deviation 1.
         forces: encode forces.
         sigma: encode each atom's σ into its l = 0 features.
+        weight_decay: the optimiser's weight decay is for these weights too.
     """
 
     def __init__(
-        self, lmax_list: Sequence[int], channels: int, bound: float, *, forces: bool = True, sigma: bool = False
+        self,
+        lmax_list: Sequence[int],
+        channels: int,
+        bound: float | None,
+        *,
+        forces: bool = True,
+        sigma: bool = False,
+        weight_decay: bool = True,
     ) -> None:
         super().__init__()
+        self.weight_decay = weight_decay
         self.lmax = max(lmax_list)
         degree, harmonic, scalars, offset = [], [], [], 0
         for lmax in lmax_list:
@@ -39,8 +49,8 @@ class ForceEncoding(nn.Module):
         self.register_buffer("degree", torch.tensor(degree), persistent=False)
         self.register_buffer("harmonic", torch.tensor(harmonic), persistent=False)
         self.register_buffer("scalars", torch.tensor(scalars), persistent=False)
-        self.force_weight = nn.Parameter(torch.empty(offset, channels).uniform_(-bound, bound)) if forces else None
-        self.sigma_weight = nn.Parameter(torch.empty(len(lmax_list), channels).uniform_(-1, 1)) if sigma else None
+        self.force_weight = _initial(offset, channels, bound) if forces else None
+        self.sigma_weight = _initial(len(lmax_list), channels, None if bound is None else 1.0) if sigma else None
 
     def forward(self, forces: Tensor, mask: Tensor, sigma: Tensor) -> Tensor:
         """Encode.
@@ -66,3 +76,9 @@ class ForceEncoding(nn.Module):
             if self.sigma_weight is not None:
                 encoding = encoding.index_add(1, self.scalars, sigma.float()[:, None, None] * self.sigma_weight)
             return encoding
+
+
+def _initial(rows: int, channels: int, bound: float | None) -> nn.Parameter:
+    """[rows, channels], uniform in ±bound; None: normal with standard deviation 1."""
+    weight = torch.empty(rows, channels)
+    return nn.Parameter(weight.normal_() if bound is None else weight.uniform_(-bound, bound))

@@ -89,3 +89,14 @@ class Fairchem1Adapter(Adapter):
             ConfigError: the backbone has no drop path.
         """
         raise ConfigError(f"task.denoising.drop_path: {self.names[0]} has no drop path; leave it out")
+
+    def drop_path_per_atom(self) -> bool:
+        """Let the drop path of every block draw for each atom on its own, at the rate that it has.
+
+        Returns:
+            Whether any block has a drop path.
+
+        Raises:
+            ConfigError: the backbone has none.
+        """
+        raise ConfigError(f"task.denoising.drop_path_per: {self.names[0]} has no drop path; leave it out")

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
-from fairchem.core.models.equiformer_v2.drop import GraphDropPath
+from fairchem.core.models.equiformer_v2.drop import GraphDropPath, drop_path
 from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone
 from fairchem.core.models.equiformer_v2.heads import EqV2VectorHead
 from fairchem.core.models.equiformer_v2.transformer_block import SO2EquivariantGraphAttention
@@ -20,6 +20,16 @@ from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.backbones.base import Fairchem1Adapter
 
 Rotations = list[tuple[Tensor, Tensor]]
+
+
+class AtomDropPath(GraphDropPath):
+    """Stands for the host's drop path, which draws for each structure, and draws for each atom on its own.
+
+    As there, all degrees and channels of an update are dropped together, and what is kept grows by 1 / (1 - rate).
+    """
+
+    def forward(self, x: Tensor, batch: Tensor) -> Tensor:
+        return drop_path(x, self.drop_prob, self.training)
 
 
 @register_adapter
@@ -40,6 +50,12 @@ class EquiformerV2Adapter(Fairchem1Adapter):
             if block.drop_path is None:  # a block without one adds one, which has no weights
                 block.drop_path = GraphDropPath(rate)
             block.drop_path.drop_prob = rate
+
+    def drop_path_per_atom(self) -> bool:
+        blocks = [block for block in self.backbone.blocks if block.drop_path is not None]
+        for block in blocks:
+            block.drop_path = AtomDropPath(block.drop_path.drop_prob)
+        return bool(blocks)
 
     def vector_head(self) -> nn.Module:
         return EqV2VectorHead(self.backbone)
@@ -72,8 +88,10 @@ class EquiformerV2Adapter(Fairchem1Adapter):
 
     @property
     def encoding_spec(self) -> dict[str, Any]:
+        # The host initialises its linear maps, of which this would be one from a single channel, by `weight_init`.
         backbone = self.backbone
-        return {"lmax_list": backbone.lmax_list, "channels": backbone.sphere_channels, "bound": 1.0}
+        bound = None if backbone.weight_init == "normal" else 1.0
+        return {"lmax_list": backbone.lmax_list, "channels": backbone.sphere_channels, "bound": bound}
 
     def encoded(self, encoding: Tensor) -> AbstractContextManager[None]:
         # The edge-degree embedding is added last before the first block, and activation checkpointing does not run it

@@ -67,7 +67,12 @@ class ESCNAdapter(Fairchem1Adapter):
     @property
     def encoding_spec(self) -> dict[str, Any]:
         backbone = self.backbone
-        return {"lmax_list": backbone.lmax_list, "channels": backbone.sphere_channels, "bound": 0.001}
+        return {
+            "lmax_list": backbone.lmax_list,
+            "channels": backbone.sphere_channels,
+            "bound": 0.001,
+            "weight_decay": False,  # the host's eSCN spares all that is an embedding, as the DeNS authors' does
+        }
 
     def encoded(self, encoding: Tensor) -> AbstractContextManager[None]:
         # What enters block 0 is the atoms' first features, and nothing else reads them.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fairchem_scd.fairchem1.checkpoint.adapt import adapt, carry_over, is_of
+from fairchem_scd.fairchem1.checkpoint.adapt import adapt, carry_over, is_of, regrouped
 from fairchem_scd.fairchem1.checkpoint.dens_import import from_dens
 from fairchem_scd.fairchem1.checkpoint.files import read, what_next
 from fairchem_scd.fairchem1.checkpoint.plain import export, to_plain
@@ -27,6 +27,7 @@ __all__ = [
     "inference_weights",
     "is_of",
     "read",
+    "regrouped",
     "source_weights",
     "to_plain",
     "what_next",

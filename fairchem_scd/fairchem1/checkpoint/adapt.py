@@ -68,12 +68,45 @@ def adapt(
     adapted["ema"] = state.average_for(model, adapted["state_dict"], ema.decay) if ema is not None else None
     if optimizer is None:
         return {key: value for key, value in adapted.items() if key == "ema" or key not in KEYS}
-    names = {id(p): name for name, p in model.named_parameters()}
-    groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    groups = _groups(model, optimizer)
     adapted["optimizer"] = state.optimizer_for(optimizer.state_dict(), groups, keep_rate=not restart)
     if restart:
         adapted.update(epoch=0, step=0, scheduler=None, best_val_metric=None, primary_metric=None)
     return adapted
+
+
+def regrouped(checkpoint: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+    """A run's own checkpoint, its optimiser state in the groups that the run's optimiser has now.
+
+    Which parameters have weight decay may have changed since the checkpoint was written. Then the state of each goes
+    with it into its present group, and a group keeps its stored settings, such as the learning rate.
+
+    Args:
+        checkpoint: for which `is_of` is true; not changed.
+        model: the unwrapped model.
+        optimizer: of this run, in its fresh state.
+
+    Returns:
+        The checkpoint itself where the groups are of equal sizes, or where it is not known how they were made.
+    """
+    stored, fresh = checkpoint.get("optimizer"), optimizer.state_dict()
+    before, now = ([len(group["params"]) for group in (s or fresh)["param_groups"]] for s in (stored, fresh))
+    if before == now or len(before) != len(now):
+        return checkpoint
+    state = StoredRun(checkpoint).training_state(model, host_only=False)
+    if state.stored_groups() is None:
+        return checkpoint
+    logging.info("the checkpoint's optimiser has other groups: it was made when other parameters had weight decay")
+    moved = state.optimizer_for(fresh, _groups(model, optimizer), keep_rate=True)
+    for group, former in zip(moved["param_groups"], stored["param_groups"], strict=True):
+        group.update({key: value for key, value in former.items() if key != "params"})
+    return {**checkpoint, "optimizer": moved}
+
+
+def _groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Parameter names in each of an optimiser's groups."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
 
 def carry_over(model: nn.Module, path: str | Path) -> None:

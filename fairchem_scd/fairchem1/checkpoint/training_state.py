@@ -130,17 +130,31 @@ class TrainingState:
 
     def _optimizer_state(self) -> dict[str, Any] | None:
         """The optimiser's state by parameter name; None: it does not fit the weights."""
-        state, run = self.run.checkpoint["optimizer"], self.run
-        own = no_weight_decay_names(self.model, legacy=run.decays_as_legacy, self_supervised=run.is_pretrained)
-        pairs = list(zip(state["param_groups"], self.groups(own), strict=True))
-        if any(not self._fits(group["params"], names) for group, names in pairs):
+        state, groups = self.run.checkpoint["optimizer"], self.stored_groups()
+        if groups is None:
             return None
+        pairs = zip(state["param_groups"], groups, strict=True)
         return {
             name: state["state"][index]
             for group, names in pairs
             for index, name in zip(group["params"], names, strict=False)
             if index in state["state"]
         }
+
+    def stored_groups(self) -> list[list[str]] | None:
+        """Parameter names in each group of the stored state; None: it does not fit the weights.
+
+        The run chose them by the present rule of weight decay, or, if it is older, by the former one.
+        """
+        run, stored = self.run, self.run.checkpoint["optimizer"]["param_groups"]
+        for former in (False, True):
+            spared = no_weight_decay_names(
+                self.model, legacy=run.decays_as_legacy, self_supervised=run.is_pretrained, former=former
+            )
+            groups = self.groups(spared)
+            if all(self._fits(group["params"], names) for group, names in zip(stored, groups, strict=True)):
+                return groups
+        return None
 
     def _fits(self, values: list[Any], names: list[str]) -> bool:
         return len(values) >= len(names) if self.may_be_longer else len(values) == len(names)

@@ -86,6 +86,11 @@ class SetupMixin:
             checkpoints.carry_over(model, start)
         if self.denoising.drop_path is not None:
             adapter_for(model.backbone).set_drop_path(self.denoising.drop_path.start)
+        if self.denoising.drop_path_per == "atom" and not adapter_for(model.backbone).drop_path_per_atom():
+            logging.warning(
+                "task.denoising.drop_path_per: no effect, since the backbone drops nothing; model.backbone."
+                "drop_path_rate or task.denoising.drop_path says how much to drop"
+            )
         if self.self_supervised:
             freeze(model)
             if distutils.initialized():
@@ -142,6 +147,8 @@ class SetupMixin:
                 ema=self.ema,
                 restart=self.denoising.restart,
             )
+        elif not inference_only:
+            checkpoint = checkpoints.regrouped(checkpoint, self._unwrapped_model, self.optimizer)
         super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
         if not inference_only and self.ema is None and self.ema_decay:
             # The host switches the average off for good when a checkpoint has none.
