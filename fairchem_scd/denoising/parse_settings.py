@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +46,28 @@ def parse_denoising(block: Any, tasks: dict[str, type[Settings]]) -> Denoising:
     """
     model = create_model("Denoising", __base__=DenoisingBlock, **{n: (cls | None, None) for n, cls in tasks.items()})
     try:
-        parsed = model.model_validate({} if block is None else block)
+        parsed = model.model_validate({} if block is None else _without_former(block, tasks))
     except ValidationError as error:
         own = {"drop_path": DropPathSettings, "repeat_cells": CellRepeatSettings}
         raise ConfigError(_explain(error, {"": model, **own, **tasks})) from None
     settings = {name: getattr(parsed, name) for name in tasks if getattr(parsed, name) is not None}
     own = {name: getattr(parsed, name) for name in DenoisingBlock.model_fields}
     return Denoising(_fill_probabilities(settings), **own)
+
+
+def _without_former(block: Any, tasks: dict[str, type[Settings]]) -> Any:
+    """The block without settings that are no more, each of which is warned of."""
+    if not isinstance(block, Mapping):
+        return block
+    kept = dict(block)
+    for name, cls in tasks.items():
+        given = block.get(name)
+        former = [key for key in cls.former if isinstance(given, Mapping) and key in given]
+        for key in former:
+            logging.warning("task.denoising.%s.%s has no effect: %s; leave it out", name, key, cls.former[key])
+        if former:
+            kept[name] = {key: value for key, value in given.items() if key not in former}
+    return kept
 
 
 def _fill_probabilities(settings: dict[str, Settings]) -> dict[str, Settings]:

@@ -40,12 +40,14 @@ class _Block(BaseModel):
     Class attributes:
         source: where the defaults come from.
         sources: of single settings, where it is elsewhere.
+        former: settings that are no more, with the reason. A config that names one is read without it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: ClassVar[str] = "ours"
     sources: ClassVar[dict[str, str]] = {}
+    former: ClassVar[dict[str, str]] = {}
 
 
 class Settings(_Block):
@@ -142,8 +144,8 @@ class DensSettings(_NoiseSettings):
 
 
 # SCD's settings that have a meaning only where the noisy pass is conditioned on an embedding.
-_OF_THE_EMBEDDING = ("std_reg", "condition_drop", "null_condition", "stop_gradient_condition", "pool", "clamp")
-_OF_THE_EMBEDDING += ("gate_bound", "embed_tags")
+_OF_THE_EMBEDDING = ("std_reg", "condition_drop", "null_condition", "stop_gradient_condition", "gate_bound")
+_OF_THE_EMBEDDING += ("embed_tags",)
 # SCD's defaults in pre-training, and beside other losses.
 _CLEAN_STD = 0.005
 _ALONE, _BESIDE_LABELS = 1.0, 10.0
@@ -168,6 +170,11 @@ class ScdSettings(_NoiseSettings):
         "gate_bound": "ours",
         "embed_tags": "the paper, for pockets and ligands",
         "denoise_tags": "the paper, for pockets and ligands",
+    }
+    former = {
+        "pool": "sum and mean are the same behind the LayerNorm that follows",
+        "clamp": "the condition comes from a LayerNorm, which keeps it far below the former default of 1000; a bound "
+        "so small that it would act is applied no more",
     }
 
     std: PositiveFloat = Field(0.04, description="standard deviation σ of the noise, Å")
@@ -204,8 +211,6 @@ class ScdSettings(_NoiseSettings):
     stop_gradient_condition: bool = Field(
         False, description="no gradient flows through the embedding into the clean pass"
     )
-    pool: Literal["sum", "mean"] = Field("sum", description="how atoms are pooled into the embedding")
-    clamp: PositiveFloat = Field(1000.0, description="bound on the elements of the condition that the blocks get")
     gate_bound: PositiveFraction = Field(1.0, description="a block's update is scaled within 1 ± this")
     embed_tags: Tags | None = Field(
         None,

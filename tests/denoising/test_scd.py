@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
@@ -71,12 +73,14 @@ def test_what_others_need_to_know_of_a_choice_of_atoms_it_says_itself():
         ({"condition": ["selff"]}, "task.denoising.scd.condition"),
         ({"embed_tags": []}, "task.denoising.scd.embed_tags"),
         ({"condition": ["forces"], "embed_tags": [2]}, "embed_tags: of the embedding.* does not name 'self'"),
-        ({"condition": [], "std_reg": 0.1, "pool": "mean"}, "std_reg, pool: of the embedding.* does not name 'self'"),
+        (
+            {"condition": [], "std_reg": 0.1, "condition_drop": 0.5},
+            "std_reg, condition_drop: of the embedding.* does not name 'self'",
+        ),
         ({"null_condition": "mask_token", "gate_bound": 0.5}, "gate_bound belongs to null_condition: identity"),
         ({"noise_scale": "std", "num_steps": 3, "std_low": 0.01, "std_high": 0.1}, "needs one σ"),
         ({"std": 0.1, "num_steps": 3, "std_low": 0.01, "std_high": 0.1}, "exclude each other"),
         ({"gate_bound": 2}, "task.denoising.scd.gate_bound"),
-        ({"pool": "max"}, "task.denoising.scd.pool"),
     ],
 )
 def test_settings_that_do_not_agree_end_in_one_error(settings, message):
@@ -84,9 +88,22 @@ def test_settings_that_do_not_agree_end_in_one_error(settings, message):
         build_tasks({"scd": settings})
 
 
+def test_settings_that_never_had_an_effect_are_read_over_with_the_reason(caplog):
+    with caplog.at_level(logging.WARNING):
+        old = build_tasks({"scd": {"pool": "mean", "clamp": 1000, "std": 0.1}, "dens": {"prob": 0.5}})[0]
+    assert old["scd"].settings == build_tasks({"scd": {"std": 0.1}, "dens": {"prob": 0.5}})[0]["scd"].settings
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert "task.denoising.scd.pool has no effect: sum and mean are the same behind the LayerNorm" in messages[0]
+    assert "task.denoising.scd.clamp has no effect: the condition comes from a LayerNorm" in messages[1]
+    # Each belongs to one task: elsewhere it is a key that nobody knows.
+    with pytest.raises(ConfigError, match=r"task\.denoising\.dens\.pool: unknown key"):
+        build_tasks({"dens": {"pool": "mean"}})
+
+
 def test_defaults_are_the_papers_and_what_it_does_not_give_depends_on_other_losses():
     settings = build_tasks({"scd": {}})[0]["scd"].settings
-    assert (settings.std, settings.condition_drop, settings.clamp, settings.pool) == (0.04, 0.2, 1000, "sum")
+    assert (settings.std, settings.condition_drop) == (0.04, 0.2)
     assert settings.loss == "mse"
     beside, alone = task_of().objective(0), task_of(supervised=False).objective(0)
     assert (beside.coefficient, alone.coefficient, beside.scale, alone.scale) == (10, 1, 0.04, 0.04)

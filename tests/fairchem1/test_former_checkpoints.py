@@ -76,6 +76,28 @@ def test_they_embed_structures_alike(name, weights, stored):
 
 
 @pytest.mark.parametrize("name", RUNS)
+def test_one_that_pooled_by_the_mean_embeds_structures_alike(name, stored, tmp_path, caplog):
+    """A setting of that time. Behind the LayerNorm that follows, mean and sum differ by its epsilon alone."""
+    path, _ = stored(name)
+    source = torch.load(path, weights_only=False)
+    for block in (source["config"]["task"]["denoising"], source["config"]["model"]["denoising"]):
+        block["scd"] = {**block["scd"], "pool": "mean", "clamp": 1000}
+    older = tmp_path / "mean.pt"
+    torch.save(source, older)
+    rows = slabs(6, seed=3)
+    embeddings = embed(older, rows, weights="raw", per_atom=True)
+    assert "task.denoising.scd.pool has no effect" in caplog.text
+    model = checkpoint.build(source)
+    model.load_state_dict(source["state_dict"])
+    head = model.denoising["scd"]["condition_head"]
+    with torch.no_grad():
+        atoms = head.atoms(torch.from_numpy(embeddings.atom_features))
+        means = [part.mean(dim=0) for part in atoms.split([len(row.pos) for row in rows])]
+        expected = head.structure(torch.stack(means)).numpy()
+    assert np.allclose(embeddings.condition, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_their_runs_go_on_to_the_same_weights(name, stored, tmp_path, monkeypatch):
     """Four further steps of every kind: same draws, same noise, same random numbers, optimiser and average kept."""
     path, expected = stored(name)

@@ -21,8 +21,6 @@ SCD = {
     "loss": "mse",
     "condition": {"self"},
     "null_condition": "identity",
-    "pool": "sum",
-    "clamp": 1000,
     "corrupt_ratio": None,
     "all_atoms": False,
 }

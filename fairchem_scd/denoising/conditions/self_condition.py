@@ -47,12 +47,10 @@ class SelfCondition:
         blocks: int,
         *,
         null_form: NullForm = "identity",
-        pool: Literal["sum", "mean"] = "sum",
-        clamp: float = 1000.0,
         gate_bound: float = 1.0,
     ) -> SelfCondition:
         """A condition with fresh weights, for a backbone with C l = 0 `channels` and some `blocks` to modulate."""
-        head = ConditionHead(channels, pool=pool, clamp=clamp, mask_token=null_form == "mask_token")
+        head = ConditionHead(channels, mask_token=null_form == "mask_token")
         return cls(head, Modulation(channels, blocks, null=null_form, gate_bound=gate_bound))
 
     @classmethod
@@ -103,25 +101,18 @@ class SelfCondition:
 class ConditionHead(nn.Module):
     """Pool a structure's l = 0 features into an embedding c, and make c the condition of the blocks.
 
-    c = MLP(pool_i(MLP(x_i))), steps 2 and 3 of SCD (arXiv 2603.17196). Statistics are float32 whatever the autocast.
+    c = MLP(Σ_i MLP(x_i)), steps 2 and 3 of SCD (arXiv 2603.17196). Statistics are float32 whatever the autocast.
+
+    The authors' code can also pool by the mean and bound the elements of the condition. Neither would change anything
+    here: a LayerNorm follows the sum, and the condition comes from one.
 
     Args:
         channels: number C of l = 0 features.
-        pool: "sum" or "mean" over the atoms of a structure.
-        clamp: bound on the elements of the condition.
         mask_token: learn a token that stands for the embedding where there is none.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        pool: Literal["sum", "mean"] = "sum",
-        clamp: float = 1000.0,
-        mask_token: bool = False,
-    ) -> None:
+    def __init__(self, channels: int, *, mask_token: bool = False) -> None:
         super().__init__()
-        self.pool, self.clamp = pool, clamp
         self.atoms = nn.Sequential(
             nn.LayerNorm(channels), nn.Linear(channels, channels), nn.SiLU(), nn.LayerNorm(channels)
         )
@@ -148,9 +139,6 @@ class ConditionHead(nn.Module):
         """
         atoms = self.atoms(scalars).float()
         pooled = atoms.new_zeros(size, atoms.shape[1]).index_add_(0, batch, atoms)
-        if self.pool == "mean":
-            count = atoms.new_zeros(size).index_add_(0, batch, atoms.new_ones(len(batch)))
-            pooled = pooled / count.clamp(min=1)[:, None]
         return self.structure(pooled).float()
 
     def condition(self, embedding: Tensor, conditioned: Tensor) -> Tensor:
@@ -166,7 +154,7 @@ class ConditionHead(nn.Module):
         """
         if self.mask_token is not None:
             embedding = torch.where(conditioned[:, None], embedding, self.mask_token)
-        return self.norm(embedding.float()).float().clamp(-self.clamp, self.clamp)
+        return self.norm(embedding.float()).float()
 
 
 def always_on(tasks: Iterable[SelfCondition | None]) -> SelfCondition | None:

@@ -88,8 +88,6 @@ class Scd(DenoisingTask):
                 backbone.scalar_channels,
                 backbone.num_modulated,
                 null_form=s.null_condition,
-                pool=s.pool,
-                clamp=s.clamp,
                 gate_bound=s.gate_bound,
             )
         encoding = ForceEncoding(**backbone.encoding_spec) if self.conditions_on_forces else None

@@ -32,7 +32,7 @@ class SymmetryClaims(BackboneModels):
         assert relative_error(out, out_turned) > 0.1
 
     def test_the_embedding_does_not_see_rotation_translation_order_or_choice_of_cell(self) -> None:
-        model, turn, row = self.ours({"scd": {"pool": "mean"}}).eval(), rotation(), crystal()
+        model, turn, row = self.ours(SCD).eval(), rotation(), crystal()
         turned, moved, permuted = copy.deepcopy(row), copy.deepcopy(row), copy.deepcopy(row)
         turned.pos, turned.cell = row.pos @ turn, row.cell @ turn
         moved.pos = row.pos + torch.tensor([0.3, -1.0, 2.0])
