@@ -60,7 +60,8 @@ def corrupt(
         sigmas: standard deviations in Å; one is drawn for each structure.
         ratio: probability that an atom moves; None moves all.
         excluded: [B] bool, structures to leave alone.
-        max_ratio: leave a structure alone if more than this share of its atoms would move.
+        max_ratio: leave a structure alone if more than this share of its atoms was drawn to move. Atoms that may not
+            move count, as in EquiformerV3's code.
 
     Where every atom of a structure moved, the mean displacement is removed, since no translation-invariant model can
     predict it. A structure of one atom then has nothing to denoise, and is left alone.
@@ -74,13 +75,15 @@ def corrupt(
         sigma.append(sigmas[int(rng.random() * len(sigmas))])
         mask.append(rng.random(n) < (1.0 if ratio is None else ratio))
         noise.append(rng.standard_normal((n, 3), dtype=np.float32))
-    moved = torch.from_numpy(np.concatenate(mask)) & movable
+    drawn = torch.from_numpy(np.concatenate(mask))
+    moved = drawn & movable
     if excluded is not None:
         moved &= ~excluded[batch]
     moved_count = torch.zeros_like(natoms).index_add_(0, batch, moved.to(natoms.dtype))
     alone = natoms == 1
     if max_ratio is not None:
-        alone |= moved_count > max_ratio * natoms
+        drawn_count = torch.zeros_like(natoms).index_add_(0, batch, drawn.to(natoms.dtype))
+        alone |= drawn_count > max_ratio * natoms
     moved &= ~alone[batch]
     moved_count = moved_count.masked_fill(alone, 0)
 

@@ -132,7 +132,9 @@ class DensSettings(_NoiseSettings):
         None, description="never corrupt a structure whose stress exceeds this (Frobenius norm, the data's unit)"
     )
     strict_max_ratio: PositiveFraction | None = Field(
-        None, description="never corrupt a structure of whose atoms more than this share would move"
+        None,
+        description="never corrupt a structure of whose atoms, fixed ones included, more than this share was drawn to "
+        "move",
     )
     honour_skip_dens: bool = Field(True, description="never corrupt structures marked `skip_dens`")
 
@@ -285,9 +287,13 @@ class CellRepeatSettings(_Block):
     source = "SCD's paper"
     sources = {"max_atoms": "ours: the paper has no bound"}
 
-    tries: Annotated[Count, Field(ge=0)] = Field(2, description="how often an axis may be doubled")
+    tries: Annotated[Count, Field(ge=0)] = Field(2, description="how often, after `min_atoms`, an axis may be doubled")
     prob: Probability = Field(0.5, description="probability that a try doubles a random periodic axis")
-    min_atoms: Annotated[Count, Field(ge=1)] = Field(4, description="double axes until a structure has this many atoms")
+    min_atoms: Annotated[Count, Field(ge=1)] = Field(
+        4,
+        description="a structure of fewer atoms N is first doubled along ⌈`min_atoms` / N⌉ − 1 random periodic axes, "
+        "and if that is not enough repeated until it has this many",
+    )
     max_atoms: Annotated[Count, Field(ge=1)] = Field(
         64, description="never double at random beyond this many atoms (ours; the paper has no bound)"
     )

@@ -81,6 +81,27 @@ def test_strict_max_ratio_leaves_alone_what_would_move_too_much():
     assert torch.equal(strict.corrupted, free.corrupted & ~whole)
 
 
+def test_strict_max_ratio_counts_fixed_atoms_too_as_equiformer_v3_does():
+    """The share that was drawn among all atoms decides. What moves are the free ones of these."""
+    natoms, count = 4, 500
+    fixed = torch.tensor([True, True, False, False] * count)
+    drawn = dens(corrupt_ratio=0.5, all_atoms=True).corrupt(structures([natoms] * count), seed=0, step=1)
+    strict = dens(corrupt_ratio=0.5, strict_max_ratio=0.75).corrupt(
+        structures([natoms] * count, fixed=fixed), seed=0, step=1
+    )
+    too_many = drawn.mask.view(count, natoms).sum(dim=1) > 0.75 * natoms
+    expected = drawn.mask.view(count, natoms) & ~fixed.view(count, natoms) & ~too_many[:, None]
+    assert too_many.any()
+    assert torch.equal(strict.mask.view(count, natoms), expected)
+
+
+def test_strict_max_ratio_where_every_atom_is_drawn_would_leave_nothing_and_is_refused():
+    names = {"energy", "forces"}
+    with pytest.raises(ConfigError, match=r"dens\.strict_max_ratio: with corrupt_ratio: null every atom is drawn"):
+        dens(corrupt_ratio=None, strict_max_ratio=0.75).check(names, names)
+    dens(corrupt_ratio=None, strict_max_ratio=1.0).check(names, names)
+
+
 # --- what the model is told -------------------------------------------------------------------------------------------
 
 

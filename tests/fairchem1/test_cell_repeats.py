@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -101,7 +104,7 @@ def test_the_model_sees_the_same_crystal():
 
 
 @given(
-    natoms=st.integers(1, 40),
+    natoms=st.integers(0, 40),
     periodic=st.lists(st.booleans(), min_size=3, max_size=3),
     tries=st.integers(0, 5),
     least=st.integers(1, 9),
@@ -114,13 +117,47 @@ def test_only_periodic_axes_are_repeated_within_bounds_until_there_are_atoms_eno
     repeats = draw_repeats(natoms, periodic, settings, np.random.default_rng(seed))
     count = natoms * int(np.prod(repeats))
     assert all(n == 1 for n, p in zip(repeats, periodic, strict=True) if not p)
-    if any(periodic):
+    if any(periodic) and natoms:
         assert count >= least
         if natoms >= least:
             assert max(repeats) <= 2
             assert count <= max(64, natoms)
     else:
         assert repeats == (1, 1, 1)
+
+
+def chances(natoms, axes, least, tries):
+    """Probability of each set of doubled axes by the procedure of SCD's authors, each try doubling with 1 / 2.
+
+    Too small a cell is doubled along ⌈least / natoms⌉ − 1 axes, any set of so many being as likely as any other. Then
+    each try picks an axis, doubled already or not.
+    """
+    forced = min(math.ceil(least / natoms) - 1, len(axes))
+    sets = [frozenset(chosen) for chosen in combinations(axes, forced)]
+    found = {chosen: 1 / len(sets) for chosen in sets}
+    for _ in range(tries):
+        after = Counter()
+        for chosen, chance in found.items():
+            after[chosen] += chance / 2
+            for axis in axes:
+                after[chosen | {axis}] += chance / 2 / len(axes)
+        found = after
+    return found
+
+
+@pytest.mark.parametrize("natoms", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("periodic", [(True, True, True), (True, False, True)])
+def test_the_minimum_comes_first_and_the_tries_after_it_as_in_the_authors_code(natoms, periodic):
+    settings, count = CellRepeatSettings(tries=2, prob=0.5, min_atoms=4, max_atoms=1000), 4000
+    rng = np.random.default_rng(0)
+    drawn = Counter(
+        frozenset(axis for axis, n in enumerate(draw_repeats(natoms, periodic, settings, rng)) if n == 2)
+        for _ in range(count)
+    )
+    expected = chances(natoms, [axis for axis in range(3) if periodic[axis]], 4, 2)
+    assert set(drawn) <= set(expected)
+    for doubled, chance in expected.items():
+        assert abs(drawn[doubled] / count - chance) <= 5 * (chance * (1 - chance) / count) ** 0.5, set(doubled)
 
 
 def test_about_half_the_tries_double_an_axis():

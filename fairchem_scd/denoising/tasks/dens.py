@@ -39,7 +39,13 @@ class Dens(DenoisingTask):
         for key, names in (("outputs", outputs), ("loss_functions", trained)):
             if "forces" not in names:
                 raise ConfigError(f"{key}: no 'forces'; task.denoising.dens trains noise in their place")
-        for name in self.settings.train_outputs if "train_outputs" in self.settings.model_fields_set else ():
+        s = self.settings
+        if s.corrupt_ratio is None and s.strict_max_ratio is not None and s.strict_max_ratio < 1:
+            raise ConfigError(
+                "task.denoising.dens.strict_max_ratio: with corrupt_ratio: null every atom is drawn to move, so no "
+                "structure would be corrupted; leave it out, or give corrupt_ratio a number"
+            )
+        for name in s.train_outputs if "train_outputs" in s.model_fields_set else ():
             if name not in outputs:
                 known = ", ".join(n for n in outputs if n != "forces")
                 raise ConfigError(f"task.denoising.dens.train_outputs: '{name}' is not an output; outputs: {known}")

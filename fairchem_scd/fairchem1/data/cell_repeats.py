@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -64,20 +65,29 @@ def repeat(row: Any, repeats: Sequence[int], per_atom: Collection[str] = ()) -> 
 
 
 def draw_repeats(natoms: int, periodic: Sequence[bool], settings: CellRepeatSettings, rng: Any) -> tuple[int, int, int]:
-    """How often to repeat a cell along each axis: at random at most twice, then more until it has `min_atoms`."""
+    """How often to repeat a cell along each axis: first as `min_atoms` asks, then at random.
+
+    As in the code of SCD's authors, a structure of N atoms that is too small is doubled along ⌈min_atoms / N⌉ − 1
+    random periodic axes, or along all of them where there are fewer. Then `tries` may double further axes. Ours: where
+    a structure is too small with all its axes doubled, it is repeated further.
+    """
     repeats, axes = [1, 1, 1], [axis for axis in range(3) if periodic[axis]]
-    if not axes:
+    if not axes or not natoms:
         return 1, 1, 1
-    for _ in range(settings.tries):
-        doubled, axis = rng.random() < settings.prob, axes[int(rng.random() * len(axes))]
-        count = natoms * repeats[0] * repeats[1] * repeats[2]
-        if doubled and repeats[axis] == 1 and 2 * count <= settings.max_atoms:
-            repeats[axis] = 2
-    while natoms * repeats[0] * repeats[1] * repeats[2] < settings.min_atoms:
+    for _ in range(math.ceil(settings.min_atoms / natoms) - 1):
+        single = [axis for axis in axes if repeats[axis] == 1]
+        if not single:
+            break
+        repeats[single[int(rng.random() * len(single))]] = 2
+    while natoms * math.prod(repeats) < settings.min_atoms:
         # The axis with the fewest repeats so far, chosen at random among equals.
         fewest = min(repeats[axis] for axis in axes)
         candidates = [axis for axis in axes if repeats[axis] == fewest]
-        repeats[candidates[int(rng.random() * len(candidates))]] *= 2
+        repeats[candidates[int(rng.random() * len(candidates))]] += 1
+    for _ in range(settings.tries):
+        doubled, axis = rng.random() < settings.prob, axes[int(rng.random() * len(axes))]
+        if doubled and repeats[axis] == 1 and 2 * natoms * math.prod(repeats) <= settings.max_atoms:
+            repeats[axis] = 2
     return repeats[0], repeats[1], repeats[2]
 
 
