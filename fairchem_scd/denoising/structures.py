@@ -56,14 +56,19 @@ class Structures:
         return wrapped(pos, self.cell, self.pbc, self.batch)
 
 
-def structures_of(batch: Any) -> Structures:
-    """What tasks see of a collated batch: any object with the host's attribute names."""
+def structures_of(batch: Any, pbc: Tensor | None = None) -> Structures:
+    """What tasks see of a collated batch.
+
+    Args:
+        batch: any object with the host's attribute names.
+        pbc: [B, 3] bool, the directions in which the model repeats each structure; None: it repeats none.
+    """
 
     def optional(key: str) -> Tensor | None:
         value = getattr(batch, key, None)
         return torch.as_tensor(value).cpu() if value is not None else None
 
-    md, skip, tags = optional("md"), optional("skip_dens"), optional("tags")
+    md, skip, tags, cell = optional("md"), optional("skip_dens"), optional("tags"), optional("cell")
     return Structures(
         ids=identities(batch),
         natoms=torch.as_tensor(batch.natoms).view(-1).cpu(),
@@ -74,6 +79,8 @@ def structures_of(batch: Any) -> Structures:
         stress=optional("stress"),
         md=md.view(-1).bool() if md is not None else None,
         skip_dens=skip.view(-1).bool() if skip is not None else None,
+        cell=cell.view(-1, 3, 3) if cell is not None else None,
+        pbc=pbc,
     )
 
 
