@@ -87,7 +87,7 @@ def _check_settings(config: Mapping[str, Any], report: Report) -> None:
     shares = {**setup.shares, "ordinary": rest}
     report.say("steps", ", ".join(f"{100 * share:.3g} % {name}" for name, share in shares.items() if share > 1e-9))
     if not setup.tasks:
-        report.caution("task.denoising turns on no task: this trains as the host's trainer would")
+        report.caution(setup.settings.without_tasks)
 
 
 def _run(config: dict[str, Any], report: Report, repeats: int, seconds: float) -> None:

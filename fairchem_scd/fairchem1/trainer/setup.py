@@ -49,7 +49,7 @@ class SetupMixin:
         setup = read({**config, "optim": config["optimizer"]})
         self.tasks, self.denoising, self.self_supervised = setup.tasks, setup.settings, setup.self_supervised
         if not self.tasks:
-            logging.warning("task.denoising turns on no task: this trains as the host's trainer would")
+            logging.warning(self.denoising.without_tasks)
         self.data_faults = DataFaults(skip=self.denoising.on_bad_data == "skip")
         self._inference_only = config.get("inference_only", False)
         super().__init__(**setup.host_arguments(config))
