@@ -15,7 +15,7 @@ from fairchem_scd.denoising import passes
 from fairchem_scd.denoising.conditions import SelfCondition
 from fairchem_scd.denoising.plan import NOISE, VALIDATION, Plan
 from fairchem_scd.denoising.structures import structures_of
-from fairchem_scd.fairchem1.hydra import DenoisingHydra
+from fairchem_scd.fairchem1.hydra import DenoisingHydra, repeated_directions
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def noise_errors(trainer: Any, told: str, batch_size: int = 16) -> Tensor:
     errors = []
     for start in range(0, len(rows), batch_size):
         batch = trainer.collater([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-        structures = structures_of(batch)
+        structures = structures_of(batch, repeated_directions(model.backbone, batch))
         corruption = task.corrupt(structures, seed=0, step=VALIDATION)
         planned = task.passes(structures, corruption, seed=0, step=VALIDATION)
         if told == "none":

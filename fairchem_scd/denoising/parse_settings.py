@@ -33,6 +33,15 @@ class Denoising:
     drop_path_per: str
     repeat_cells: CellRepeatSettings | None
 
+    @property
+    def without_tasks(self) -> str:
+        """What a block means that turns on no task, for a warning."""
+        fields = DenoisingBlock.model_fields.items()
+        acting = [name for name, field in fields if getattr(self, name) != field.default]
+        if not acting:
+            return "task.denoising turns on no task: this trains as the host's trainer would"
+        return f"task.denoising turns on no task: no step denoises. Its other settings count: {', '.join(acting)}"
+
 
 def parse_denoising(block: Any, tasks: dict[str, type[Settings]]) -> Denoising:
     """Parse the `task.denoising` block.

@@ -18,8 +18,9 @@ descriptions in the code; a test keeps it current.
 
 A task is on when its block is there, even an empty one (`scd: {}`); `null` turns it off. A step has at most one task,
 drawn from (seed, step), the same on every rank. A structure's noise is drawn from (seed, step, sid, fid), where sid
-and fid are its ids. Unknown keys, wrong types and values out of range end in one error before training;
-`fairchem-scd check` shows it too. [methods.md](methods.md) says what the tasks do.
+and fid are its ids ([data.md](data.md#names-of-structures) says what happens where they repeat). Unknown keys, wrong
+types and values out of range end in one error before training; `fairchem-scd check` shows it too.
+[methods.md](methods.md) says what the tasks do.
 """
 
 _KINDS = {

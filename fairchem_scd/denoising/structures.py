@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ class Structures:
     """What a task may know of a batch of B structures and N atoms; CPU tensors, in the data's units.
 
     Attributes:
-        ids: B names that tell the structures apart.
+        ids: B different names, which key the random numbers of the structures.
         natoms: [B].
         pos: [N, 3] Å.
         fixed: [N] bool.
@@ -56,24 +57,32 @@ class Structures:
         return wrapped(pos, self.cell, self.pbc, self.batch)
 
 
-def structures_of(batch: Any) -> Structures:
-    """What tasks see of a collated batch: any object with the host's attribute names."""
+def structures_of(batch: Any, pbc: Tensor | None = None) -> Structures:
+    """What tasks see of a collated batch.
+
+    Args:
+        batch: any object with the host's attribute names.
+        pbc: [B, 3] bool, the directions in which the model repeats each structure; None: it repeats none.
+    """
 
     def optional(key: str) -> Tensor | None:
         value = getattr(batch, key, None)
         return torch.as_tensor(value).cpu() if value is not None else None
 
-    md, skip, tags = optional("md"), optional("skip_dens"), optional("tags")
+    natoms, pos = torch.as_tensor(batch.natoms).view(-1).cpu(), batch.pos.cpu()
+    md, skip, tags, cell = optional("md"), optional("skip_dens"), optional("tags"), optional("cell")
     return Structures(
-        ids=identities(batch),
-        natoms=torch.as_tensor(batch.natoms).view(-1).cpu(),
-        pos=batch.pos.cpu(),
+        ids=_all_different(identities(batch), pos, natoms),
+        natoms=natoms,
+        pos=pos,
         fixed=batch.fixed.view(-1).cpu() != 0,
         tags=tags.view(-1).long() if tags is not None else None,
         forces=optional("forces"),
         stress=optional("stress"),
         md=md.view(-1).bool() if md is not None else None,
         skip_dens=skip.view(-1).bool() if skip is not None else None,
+        cell=cell.view(-1, 3, 3) if cell is not None else None,
+        pbc=pbc,
     )
 
 
@@ -84,14 +93,46 @@ def require(label: Tensor | None, name: str, task: str) -> Tensor:
     return label
 
 
+def names(batch: Any) -> list[str]:
+    """What the data calls each structure of a batch: `sid/fid`, or `sid` alone where it has no frames."""
+    return _joined(batch, ("sid", "fid"))
+
+
 def identities(batch: Any) -> list[str]:
-    """`sid/fid` of each structure of a batch; `sid` alone where the data has no frames."""
+    """What tells each structure of a batch from all others of its data set.
+
+    That is its name. The row's number joins it where the batch has that under `row_number`; the host fills that in for
+    data sets in which rows share names. A row that stands in for a bad one says so under `stands_in_for`.
+    """
+    stand_ins = getattr(batch, "stands_in_for", None)
+    joined = _joined(batch, ("sid", "fid", "row_number"))
+    if stand_ins is None:
+        return joined
+    return [f"{name} for {bad}" if bad else name for name, bad in zip(joined, _flat(stand_ins), strict=True)]
+
+
+def _joined(batch: Any, keys: Sequence[str]) -> list[str]:
     columns = []
-    for key in ("sid", "fid"):
+    for key in keys:
         column = getattr(batch, key, None)
         if column is not None:
             columns.append(column.view(-1).tolist() if isinstance(column, Tensor) else _flat(column))
-    return ["/".join(map(str, names)) for names in zip(*columns, strict=True)]
+    return ["/".join(map(str, parts)) for parts in zip(*columns, strict=True)]
+
+
+def _all_different(ids: Sequence[str], pos: Tensor, natoms: Tensor) -> Sequence[str]:
+    """The identities, with a count joined to those that a batch has more than once.
+
+    They are counted in the order of their positions, so that their order in the batch makes no difference.
+    """
+    if len(set(ids)) == len(ids):
+        return ids
+    different, seen, parts = list(ids), Counter[str](), pos.split(natoms.tolist())
+    for row in sorted(range(len(ids)), key=lambda row: parts[row].tolist()):
+        seen[ids[row]] += 1
+        if seen[ids[row]] > 1:
+            different[row] = f"{ids[row]} ({seen[ids[row]]})"
+    return different
 
 
 def _flat(column: Any) -> list[Any]:

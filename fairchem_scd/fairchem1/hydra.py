@@ -184,3 +184,23 @@ def view_of(data: Any, run: Pass) -> Any:
     if "pbc" in data:
         view.pbc = data.pbc.view(-1, 3)[subset.structures]
     return view
+
+
+def repeated_directions(backbone: Any, data: Any) -> Tensor | None:
+    """The directions in which a backbone of the host repeats the structures of a batch, whatever the data says.
+
+    Args:
+        backbone: its `use_pbc` and `use_pbc_single` say how it makes graphs.
+        data: a collated batch of B structures.
+
+    Returns:
+        [B, 3] bool on the CPU; None: it repeats none. As in the host's `radius_graph_pbc`: all directions where the
+        batch has no `pbc`, and otherwise those of its first structure, unless graphs are made one at a time.
+    """
+    if not getattr(backbone, "use_pbc", False):
+        return None
+    size = len(data.natoms)
+    if "pbc" not in data:
+        return torch.ones(size, 3, dtype=torch.bool)
+    pbc = data.pbc.view(-1, 3).bool().cpu()
+    return pbc if getattr(backbone, "use_pbc_single", False) else pbc[:1].expand(size, 3)

@@ -64,6 +64,9 @@ def test_what_is_said_of_a_sound_config_is_so(data, tmp_path, monkeypatch):
     largest = max(float(row.forces.norm(dim=-1).max()) for row in rows)
     assert f"forces (|F| up to {largest:.3g} eV/Å)" in output
     assert "tags 0, 1, 2" in output
+    assert re.search(r"weights +loss of predicting zero: noise of dens [\d.]+, forces [\d.]+; ratio [\d.]+\n", output)
+    assert re.search(r"\n +loss of predicting zero: noise of scd [\d.]+, forces", output)
+    assert re.search(r"labels +8\d % of the force labels train", output)
     model = DenoisingHydra(denoising=block, **hydra_arguments("equiformer_v2"))
     for module in (model.backbone, *model.output_heads.values(), *model.denoising["scd"].values()):
         assert f" {sum(p.numel() for p in module.parameters()):,}" in output

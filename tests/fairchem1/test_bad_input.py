@@ -440,6 +440,14 @@ def test_graph_parallelism_is_refused(data, tmp_path):
         make_trainer(tiny_config(data), tmp_path, gp_gpus=2)
 
 
-def test_no_task_is_said_aloud(data, tmp_path, caplog):
-    make_trainer(tiny_config(data, denoising={}), tmp_path)
-    assert any(re.search("turns on no task", record.message) for record in caplog.records)
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({}, "turns on no task: this trains as the host's trainer would"),
+        ({"dens": None, "drop_path": {}}, "turns on no task: no step denoises. Its other settings count: drop_path"),
+        ({"on_bad_data": "skip", "repeat_cells": {}}, "other settings count: on_bad_data, repeat_cells"),
+    ],
+)
+def test_no_task_is_said_aloud_with_the_settings_that_count_all_the_same(block, said, data, tmp_path, caplog):
+    make_trainer(tiny_config(data, denoising=block), tmp_path)
+    assert any(record.message.endswith(said) for record in caplog.records)

@@ -24,9 +24,9 @@ def command(config: str, fairchem_options: tuple[str, ...], repeats: int, second
     """Try CONFIG out before its job waits in a queue.
 
     Reads the config as fairchem does and checks the settings, the device, torch_scatter, the logger and the data;
-    builds the model; takes a few steps of each kind. Says what will happen: which atoms move and how far, what a step
-    costs compared with an ordinary one, memory, parameters. Ends with a list of problems and exit code 1, or with exit
-    code 0.
+    builds the model; takes a few steps of each kind. Says what will happen: which atoms move and how far, what the
+    noise weighs beside the forces, which share of the force labels trains, what a step costs compared with an ordinary
+    one, memory, parameters. Ends with a list of problems and exit code 1, or with exit code 0.
 
     FAIRCHEM_OPTIONS are those that `fairchem --mode train --config-yml CONFIG` will be given: --cpu, --amp, --submit,
     --checkpoint FILE, or overrides such as --optim.batch_size=2. Check on a machine like the one that the job will get:

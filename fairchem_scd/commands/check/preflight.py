@@ -15,6 +15,7 @@ from fairchem.core.common.utils import build_config, new_trainer_context, setup_
 
 from fairchem_scd.commands.check import data, environment, steps
 from fairchem_scd.commands.check.report import Report
+from fairchem_scd.commands.check.weights import describe_weights
 from fairchem_scd.commands.config_file import read_config
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.config import read
@@ -86,7 +87,7 @@ def _check_settings(config: Mapping[str, Any], report: Report) -> None:
     shares = {**setup.shares, "ordinary": rest}
     report.say("steps", ", ".join(f"{100 * share:.3g} % {name}" for name, share in shares.items() if share > 1e-9))
     if not setup.tasks:
-        report.caution("task.denoising turns on no task: this trains as the host's trainer would")
+        report.caution(setup.settings.without_tasks)
 
 
 def _run(config: dict[str, Any], report: Report, repeats: int, seconds: float) -> None:
@@ -114,6 +115,7 @@ def _run(config: dict[str, Any], report: Report, repeats: int, seconds: float) -
                     if split == "train":
                         for task in trainer.tasks.values():
                             data.describe_corruption(task, rows, trainer.draw_task.seed, report)
+                        describe_weights(trainer, report)
             if trainer.val_loader is None:
                 report.caution("dataset.val: none, so no best_checkpoint.pt will be written")
             steps.describe_model(trainer, report)

@@ -18,7 +18,7 @@ from fairchem_scd.errors import ConfigError
 _POSITIONS = ("pos", "pos_relaxed")
 _PER_ATOM = ("atomic_numbers", "tags", "fixed", "forces", "force")
 _EXTENSIVE = ("energy", "y", "y_init", "y_relaxed")
-_UNCHANGED = ("stress", "stress_isotropic", "stress_anisotropic", "pbc", "sid", "fid", "md", "skip_dens")
+_UNCHANGED = ("stress", "stress_isotropic", "stress_anisotropic", "pbc", "sid", "fid", "row_number", "md", "skip_dens")
 
 
 def check_outputs(outputs: Mapping[str, Any]) -> frozenset[str]:

@@ -24,7 +24,8 @@ class Guarded(Dataset):
     """A host dataset in which the next good row takes the place of a bad one.
 
     Every row says under `bad_data` what was wrong with the rows whose place it takes, "" if it takes none. Whether that
-    ends the run is decided by the trainer, on all ranks at once.
+    ends the run is decided by the trainer, on all ranks at once. Under `stands_in_for` it says which row was asked for,
+    "" if it is that row: a row may be in one batch with itself in the place of another.
 
     Args:
         dataset: of the host, or a wrapper of this package.
@@ -56,6 +57,7 @@ class Guarded(Dataset):
             row, error = self.read((index + offset) % len(self))
             if error is None:
                 row.bad_data = "\n".join(found)
+                row.stands_in_for = f"row {self._place(index)}" if found else ""
                 return row
             found.append(self._named((index + offset) % len(self), error))
         raise DataError(f"{len(found)} rows one after the other cannot be trained on; the first: {found[0]}")

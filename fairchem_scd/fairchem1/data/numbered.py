@@ -1,17 +1,27 @@
-"""Names for structures that have no name."""
+"""Names for structures that have none, and numbers for those that share one."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from fairchem.core.datasets.ase_datasets import AseAtomsDataset
 from torch.utils.data import Dataset
+
+from fairchem_scd.denoising.structures import names
+
+_PAIRS = 8
 
 
 class Numbered(Dataset):
-    """A host dataset whose structures have no `sid`. Each gets its index in the data, which keys its random numbers."""
+    """A host dataset in which every row says its number: its index in the data, which keys its random numbers.
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    Args:
+        dataset: of the host.
+        key: under which a row says it: `sid` where structures have no name, `row_number` where some share one.
+    """
+
+    def __init__(self, dataset: Any, key: str = "sid") -> None:
+        self.dataset, self.key = dataset, key
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -19,7 +29,7 @@ class Numbered(Dataset):
     def __getitem__(self, index: int) -> Any:
         row = self.dataset[index]
         # The host's datasets are shuffled subsets of the data. The index in the data does not depend on the shuffle.
-        row.sid = int(self.dataset.indices[index])
+        row[self.key] = int(self.dataset.indices[index])
         return row
 
 
@@ -28,6 +38,40 @@ def named(dataset: Any) -> bool:
     rows = (_readable(dataset, index) for index in range(len(dataset)))
     first = next((row for row in rows if row is not None), None)
     return first is None or "sid" in first
+
+
+def needs_numbers(dataset: Any, repeated: Any) -> bool:
+    """Whether names alone may not tell the structures of a host dataset apart.
+
+    ASE's formats say so whatever the sample: a name is what the user wrote into `atoms.info`, often a trajectory's, and
+    all frames have fid 0 unless the user wrote that too. Other formats do where a sample repeats a name; names that are
+    unique, as OC20's, stay the keys of the noise that they have always been.
+
+    Args:
+        dataset: a subset, as the host makes it.
+        repeated: what `repeated_name` found.
+    """
+    return repeated is not None or isinstance(dataset.dataset, AseAtomsDataset)
+
+
+def repeated_name(dataset: Any) -> tuple[str, int, int] | None:
+    """A name that two rows of a host dataset share, and their numbers; None: a sample has none.
+
+    The sample are rows evenly spaced over the host's shuffled subset, each with the row that follows it in the data:
+    where sid is a trajectory's, neighbours share it.
+    """
+    if not len(dataset):
+        return None
+    last, data = len(dataset) - 1, dataset.dataset
+    places = {int(dataset.indices[k * last // max(_PAIRS - 1, 1)]) for k in range(_PAIRS)}
+    seen: dict[str, int] = {}
+    for place in sorted(places | {place + 1 for place in places if place + 1 < len(data)}):
+        row = _readable(data, place)
+        for name in names(row) if row is not None else ():
+            if name in seen:
+                return name, seen[name], place
+            seen[name] = place
+    return None
 
 
 def _readable(dataset: Any, index: int) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from ase.data import chemical_symbols
 
-from fairchem_scd.denoising.structures import identities, structures_of
+from fairchem_scd.denoising.structures import names, structures_of
 from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.errors import ConfigError, DataError
 from fairchem_scd.fairchem1.backbones import adapter_for
@@ -170,5 +170,6 @@ def _name(row: Any, atom: int = 0) -> str:
 
 def name_of(row: Any, structure: int = 0) -> str:
     """What messages call a structure of a batch, or a row."""
-    names = identities(row)
-    return f"structure sid/fid {names[structure]}" if names else "a structure without sid"
+    found = names(row)
+    number = f", row {int(row.row_number[structure])}" if "row_number" in row and "batch" in row else ""
+    return f"structure sid/fid {found[structure]}{number}" if found else "a structure without sid"

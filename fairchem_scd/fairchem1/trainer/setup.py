@@ -20,7 +20,7 @@ from fairchem_scd.fairchem1.data import rows as data_rows
 from fairchem_scd.fairchem1.data.cell_repeats import RepeatedCells
 from fairchem_scd.fairchem1.data.cell_repeats import check_outputs as check_repeatable
 from fairchem_scd.fairchem1.data.guarded import Guarded
-from fairchem_scd.fairchem1.data.numbered import Numbered, named
+from fairchem_scd.fairchem1.data.numbered import Numbered, named, needs_numbers, repeated_name
 from fairchem_scd.fairchem1.data.sources import check_source
 from fairchem_scd.fairchem1.hydra import freeze
 from fairchem_scd.fairchem1.trainer.data_faults import DataFaults, row_check
@@ -49,7 +49,7 @@ class SetupMixin:
         setup = read({**config, "optim": config["optimizer"]})
         self.tasks, self.denoising, self.self_supervised = setup.tasks, setup.settings, setup.self_supervised
         if not self.tasks:
-            logging.warning("task.denoising turns on no task: this trains as the host's trainer would")
+            logging.warning(self.denoising.without_tasks)
         self.data_faults = DataFaults(skip=self.denoising.on_bad_data == "skip")
         self._inference_only = config.get("inference_only", False)
         super().__init__(**setup.host_arguments(config))
@@ -115,15 +115,18 @@ class SetupMixin:
             self.loss_functions = []  # the placeholder has no target
 
     def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> Any:
+        # Of other data predictions are made, and those are to be of every row, without noise.
+        split = next((name for name in ("train", "val") if sampler is getattr(self, f"{name}_sampler", None)), None)
         if not named(dataset):
             dataset = Numbered(dataset)
-        if self.denoising.repeat_cells is not None and sampler is getattr(self, "train_sampler", None):
+        elif split is not None and (self.tasks or self.denoising.repeat_cells is not None):
+            dataset = _told_apart(dataset, split)
+        if self.denoising.repeat_cells is not None and split == "train":
             dataset = RepeatedCells(dataset, self.denoising.repeat_cells, self.draw_task.seed, sampler, self._per_atom)
-        for split in ("train", "val"):  # of other data predictions are made, and those are to be of every row
-            if sampler is getattr(self, f"{split}_sampler", None):
-                needed = data_rows.labels_needed(self.tasks, self.output_targets)
-                check = row_check(split, needed, adapter_for(self._unwrapped_model.backbone), self.config["optim"])
-                dataset = Guarded(dataset, split, check)
+        if split is not None:
+            needed = data_rows.labels_needed(self.tasks, self.output_targets)
+            check = row_check(split, needed, adapter_for(self._unwrapped_model.backbone), self.config["optim"])
+            dataset = Guarded(dataset, split, check)
         return super().get_dataloader(dataset, sampler, workers)
 
     def load_extras(self) -> None:
@@ -153,6 +156,19 @@ class SetupMixin:
         if not inference_only and self.ema is None and self.ema_decay:
             # The host switches the average off for good when a checkpoint has none.
             self.ema = ExponentialMovingAverage(self.model.parameters(), self.ema_decay)
+
+
+def _told_apart(dataset: Any, split: str) -> Any:
+    """A host dataset of which no two rows have the same identity, and so the same noise."""
+    repeated = repeated_name(dataset)
+    if repeated is not None and distutils.is_master():
+        name, first, second = repeated
+        logging.warning(
+            "dataset.%s: rows %d and %d have the same name (sid/fid %s). Each row's number joins its name, so that no "
+            "two rows get the same noise",
+            split, first, second, name,
+        )  # fmt: skip
+    return Numbered(dataset, "row_number") if needs_numbers(dataset, repeated) else dataset
 
 
 def _mend_warmup(optim: dict[str, Any], steps_per_epoch: int | None) -> None:

@@ -22,7 +22,7 @@ from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.denoising.tasks import DenoisingTask, TaskDraw
 from fairchem_scd.fairchem1.backbones import adapter_for
 from fairchem_scd.fairchem1.data import rows as data_rows
-from fairchem_scd.fairchem1.hydra import view_of, with_plan
+from fairchem_scd.fairchem1.hydra import repeated_directions, view_of, with_plan
 from fairchem_scd.fairchem1.trainer.data_faults import DataFaults
 from fairchem_scd.fairchem1.trainer.losses import loss_functions_replaced
 from fairchem_scd.fairchem1.trainer.step_state import DenoisingStep, StepState
@@ -95,7 +95,7 @@ class StepMixin:
 
     def _corrupt(self, batch: Any, task: DenoisingTask, seed: int, number: int) -> DenoisingStep:
         """Corrupt the batch for a task, all on the CPU, before anything is moved to the device."""
-        structures = structures_of(batch)
+        structures = structures_of(batch, repeated_directions(self._unwrapped_model.backbone, batch))
         corruption = task.corrupt(structures, seed=seed, step=number)
         passes = task.passes(structures, corruption, seed=seed, step=number)
         progress = self.step / max(self.config["optim"].get("max_epochs", 1) * len(self.train_loader or ()), 1)
