@@ -49,7 +49,7 @@ def command(
     click.echo(f"Reading {checkpoint}", err=True)
     import torch
 
-    from fairchem_scd.fairchem1.checkpoint import export, read, to_plain
+    from fairchem_scd.fairchem1.checkpoint import export, how_to_use, read, to_plain
 
     source = read(checkpoint)
     if training_state and "optimizer" not in source:
@@ -65,4 +65,5 @@ def command(
     elif training_state:
         click.echo(f"Train it on: fairchem --mode train --config-yml YOUR.yml --checkpoint {out}")
     else:
-        click.echo(f"Use it with ASE: OCPCalculator(checkpoint_path='{out}')")
+        purpose, command_line = how_to_use(out, plain["config"].get("outputs") or ("energy",))
+        click.echo(f"{purpose[0].upper()}{purpose[1:]}: {command_line}")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,30 @@ def check_outputs(
     trained = {name for loss in loss_functions for name in loss}
     for task in tasks.values():
         task.check(outputs, trained)
+
+
+@contextmanager
+def outputs_of_heads_named() -> Iterator[None]:
+    """While entered, the host's errors for outputs that no head returns say which keys to write.
+
+    Raises:
+        ConfigError: in the place of the host's AttributeError and AssertionError.
+    """
+    cure = (
+        "a head that calls its output by another name than the config: give the head `output_name` where its class has "
+        "that argument, as EquiformerV2's have; else set model.pass_through_head_outputs: false, name the head as the "
+        "output, and write the name that the head uses as outputs.<output>.property (an energy head's is `energy`)"
+    )
+    try:
+        yield
+    except AttributeError as error:
+        if "not found in model outputs" not in str(error):
+            raise
+        raise ConfigError(f"outputs: {str(error).splitlines()[0]}; {cure}") from error
+    except AssertionError as error:
+        if "specify the property field" not in str(error):
+            raise
+        raise ConfigError(f"outputs: one has no `property`; {cure}") from error
 
 
 def _model_block(model: dict[str, Any], block: Mapping[str, Any] | None, self_supervised: bool) -> dict[str, Any]:

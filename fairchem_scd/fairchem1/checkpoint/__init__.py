@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fairchem_scd.fairchem1.checkpoint.adapt import adapt, carry_over, is_of, regrouped
 from fairchem_scd.fairchem1.checkpoint.dens_import import from_dens
-from fairchem_scd.fairchem1.checkpoint.files import read, what_next
+from fairchem_scd.fairchem1.checkpoint.files import how_to_use, read, what_next
 from fairchem_scd.fairchem1.checkpoint.plain import export, to_plain
 from fairchem_scd.fairchem1.checkpoint.stored_run import StoredRun, Weights
 from fairchem_scd.fairchem1.checkpoint.training_state import ADDED
@@ -24,6 +24,7 @@ __all__ = [
     "carry_over",
     "export",
     "from_dens",
+    "how_to_use",
     "inference_weights",
     "is_of",
     "read",

@@ -58,6 +58,7 @@ def adapt(
             "backbone instead: name it under model.finetune_config.starting_checkpoint, and leave model.backbone out"
         )
     stored, own = ({k: v for k, v in values.items() if not k.startswith(ADDED)} for values in (run.weights, fresh))
+    stored = {key: value for key, value in stored.items() if not _taken_out(key, model)}
     check_weights(stored, own, "the checkpoint is of another model than the config's")
     check_same_form("--checkpoint", run.weights, fresh)
     adapted = {**checkpoint, "state_dict": {key: run.weights.get(key, value) for key, value in fresh.items()}}
@@ -131,6 +132,16 @@ def carry_over(model: nn.Module, path: str | Path) -> None:
             carried.add(".".join(key.split(".")[:3]))
     if carried:
         logging.info("from the starting checkpoint besides: %s", ", ".join(sorted(carried)))
+
+
+def _taken_out(key: str, model: nn.Module) -> bool:
+    """Whether a weight is of a part that is None in the model, such as output layers of PaiNN that no head reads."""
+    module: nn.Module | None = model
+    for name in key.split(".")[:-1]:
+        module = module._modules.get(name, model)
+        if module is None or module is model:
+            return module is None
+    return False
 
 
 def _within_task(key: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,30 @@ def read(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def what_next(folder: str, *, pretrained: bool = False) -> str:
-    """What a user does with a finished run's checkpoints; a `pretrained` one predicts nothing yet."""
+def what_next(folder: str, outputs: Collection[str]) -> str:
+    """What a user does with a finished run's checkpoints.
+
+    Args:
+        folder: of the checkpoints.
+        outputs: that the model has; none after pre-training, which predicts nothing yet.
+    """
     best, last = (Path(folder) / name for name in ("best_checkpoint.pt", "checkpoint.pt"))
     found = f"  best on validation:   {best}\n" if best.is_file() else ""
     best = best if best.is_file() else last  # without validation there is no best
-    calculator = "" if pretrained else f"  use it with ASE:     OCPCalculator(checkpoint_path='{best}')\n"
+    use = "  {}:     {}\n".format(*how_to_use(str(best), outputs)) if outputs else ""
     return (
         f"Training is done.\n"
         f"{found}"
         f"  last, to resume from: {last}\n"
         f"Next:\n"
-        f"{calculator}"
+        f"{use}"
         f"  train it further:    fairchem --mode train --config-yml YOUR.yml --checkpoint {last}\n"
         f"  fine-tune from it:   model.finetune_config.starting_checkpoint: {best}"
     )
+
+
+def how_to_use(path: str, outputs: Collection[str]) -> tuple[str, str]:
+    """What a model with these outputs is for, and the command; the host's calculator has energies and forces alone."""
+    if "energy" in outputs:
+        return "use it with ASE", f"OCPCalculator(checkpoint_path='{path}')"
+    return "predict with it", f"fairchem --mode predict --config-yml YOUR.yml --checkpoint {path}"

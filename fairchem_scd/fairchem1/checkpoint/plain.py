@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fairchem.core.models.base import HydraModel
+from torch import Tensor
 
 from fairchem_scd.denoising.conditions.self_condition import check_exportable
 from fairchem_scd.errors import ConfigError
@@ -49,9 +50,8 @@ def export(
     model = run.build()
     chosen = run.inference_weights(weights, model)
     plain = build_hydra(HydraModel, config["model"])
-    # eSCN's class has a block that its energy head takes out. Without heads it stays, unused, and any values will do.
-    unused = {key: value for key, value in plain.state_dict().items() if key not in model.state_dict()}
-    state = {key: chosen.get(key, unused.get(key)) for key in plain.state_dict()}
+    state = {**_unused(plain, model.state_dict()), **chosen}
+    state = {key: state[key] for key in plain.state_dict()}
     plain.load_state_dict(state)  # strictly, as the host will
     exported = {key: value for key, value in checkpoint.items() if key not in KEYS}
     held = weights or ("ema" if "ema" in run.kinds_of_weights else "raw")
@@ -73,14 +73,16 @@ def to_plain(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             "a checkpoint of pre-training has no heads and predicts nothing; name it under "
             "model.finetune_config.starting_checkpoint and fine-tune"
         )
-    run.check_weights(run.build())
+    trained = run.build()
+    run.check_weights(trained)
     config = _plain_config(run)
     if run.decays_as_legacy:
         logging.warning("the plain hydra chooses by another rule which parameters to decay than this run did")
     model = build_hydra(HydraModel, config["model"])
-    plain = {**checkpoint, "config": config, "state_dict": {key: run.weights[key] for key in model.state_dict()}}
+    weights = {**_unused(model, trained.state_dict()), **run.weights}
+    plain = {**checkpoint, "config": config, "state_dict": {key: weights[key] for key in model.state_dict()}}
     if plain.get("ema") is not None:
-        plain["ema"] = run.training_state(model).average_for(model, run.weights, plain["ema"]["decay"])
+        plain["ema"] = run.training_state(model).average_for(model, weights, plain["ema"]["decay"])
     if plain.get("optimizer") is not None:
         plain["optimizer"] = _plain_optimizer(run, model)
     return plain
@@ -89,13 +91,25 @@ def to_plain(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def _plain_optimizer(run: StoredRun, model: HydraModel) -> dict[str, Any]:
     """State of the optimiser that the plain host makes for `model`, with what the run knows of its parameters."""
     state = run.training_state(model)
-    groups = state.groups(model.no_weight_decay())
+    # The plain model may have more than the run (see `_unused`). In a single group the host has frozen ones too.
+    single = len(run.checkpoint["optimizer"]["param_groups"]) == 1
+    names = [name for name, parameter in model.named_parameters() if single or parameter.requires_grad]
+    groups = state.groups(model.no_weight_decay(), names)
     fresh = {"state": {}, "param_groups": [dict(group) for group in run.checkpoint["optimizer"]["param_groups"]]}
     start = 0
     for group, names in zip(fresh["param_groups"], groups, strict=True):
         group["params"] = list(range(start, start + len(names)))
         start += len(names)
     return state.optimizer_for(fresh, groups, keep_rate=True)
+
+
+def _unused(plain: HydraModel, trained: Collection[str]) -> dict[str, Tensor]:
+    """Weights that the plain model has and the trained one has not, with values of no meaning.
+
+    They belong to output layers that are parts of the host's backbone where no head takes them out: eSCN's without an
+    energy head, PaiNN's without both heads. Nothing reads them.
+    """
+    return {key: value for key, value in plain.state_dict().items() if key not in trained}
 
 
 def _check_exportable(run: StoredRun) -> None:

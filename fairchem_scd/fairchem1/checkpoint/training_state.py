@@ -7,7 +7,7 @@ that the run's own trainer had, and written by the rule of the model that trains
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -76,18 +76,19 @@ class TrainingState:
 
     # --- optimiser ------------------------------------------------------------------------------------------------
 
-    def groups(self, no_weight_decay: Iterable[str]) -> list[list[str]]:
+    def groups(self, no_weight_decay: Iterable[str], names: Sequence[str] | None = None) -> list[list[str]]:
         """Parameter names in each of the optimiser's groups, as the host's `load_optimizer` makes them.
 
         Args:
             no_weight_decay: endings of the names that go into a group without weight decay.
+            names: of the parameters, in order; None: those of the run.
         """
         if len(self.run.checkpoint["optimizer"]["param_groups"]) == 1:
-            return [self.names]
-        endings = tuple(no_weight_decay)
+            return [self.names if names is None else list(names)]
+        endings, names = tuple(no_weight_decay), self.trainable if names is None else names
         return [
-            [name for name in self.trainable if name.endswith(endings)],
-            [name for name in self.trainable if not name.endswith(endings)],
+            [name for name in names if name.endswith(endings)],
+            [name for name in names if not name.endswith(endings)],
         ]
 
     def optimizer_for(self, fresh: dict[str, Any], groups: list[list[str]], *, keep_rate: bool) -> dict[str, Any]:

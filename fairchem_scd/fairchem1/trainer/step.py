@@ -21,6 +21,7 @@ from fairchem_scd.denoising.running_scale import RunningScale
 from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.denoising.tasks import DenoisingTask, TaskDraw
 from fairchem_scd.fairchem1.backbones import adapter_for
+from fairchem_scd.fairchem1.config import outputs_of_heads_named
 from fairchem_scd.fairchem1.data import rows as data_rows
 from fairchem_scd.fairchem1.hydra import repeated_directions, view_of, with_plan
 from fairchem_scd.fairchem1.trainer.data_faults import DataFaults
@@ -69,6 +70,7 @@ class StepMixin:
         plan = step.plan if isinstance(step, DenoisingStep) else None
         sizes = "optim.batch_size and optim.eval_batch_size"
         with (
+            outputs_of_heads_named(),
             data_rows.neighbours_needed(self._unwrapped_model.backbone, partial(_views, batch, plan), sizes),
             nullcontext() if plan is None else with_plan(self.model, plan) as returned,
         ):

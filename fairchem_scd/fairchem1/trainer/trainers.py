@@ -35,7 +35,7 @@ class DenoisingMixin(StepMixin, SetupMixin, ResumableMixin):
             logging.warning("%d structures had nothing to denoise and were left out of the denoising loss", left_out)
         self.data_faults.report(self.device)
         if distutils.is_master() and not self.is_debug:
-            logging.info(what_next(self.config["cmd"]["checkpoint_dir"], pretrained=self.self_supervised))
+            logging.info(what_next(self.config["cmd"]["checkpoint_dir"], self.output_targets))
 
 
 @registry.register_trainer("denoising")
