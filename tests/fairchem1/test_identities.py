@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 
 import ase.db
 import lmdb
@@ -110,13 +111,14 @@ def test_frames_that_share_a_name_are_repeated_each_by_itself(frames, tmp_path):
     assert all(any(cell != of[0] for cell in of) for of in cells.values()), cells
 
 
-def test_a_name_that_repeats_is_said_once_with_its_rows(frames, tmp_path, caplog):
+@pytest.mark.parametrize(("make", "splits"), [(tiny_config, ["train"]), (pretraining, ["train", "val"])])
+def test_a_name_that_repeats_is_said_once_for_each_split_that_is_corrupted(make, splits, frames, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
-    make_trainer(ase_config(tmp_path, frames), tmp_path)
+    make_trainer(ase_config(tmp_path, frames, make), tmp_path)
     said = [record.message for record in caplog.records if "have the same name" in record.message]
-    assert len([text for text in said if text.startswith("dataset.train: rows 0 and ")]) == 1
-    assert len(said) == 2  # of the training data and of the validation data
-    assert "sid/fid trajectory" in said[0]
+    assert [
+        re.match(r"dataset\.(\w+): rows \d+ and \d+ have.*\(sid/fid trajectory \d+/0\)", text)[1] for text in said
+    ] == splits
 
 
 def lmdb_config(folder, change):

@@ -117,9 +117,10 @@ class SetupMixin:
     def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> Any:
         # Of other data predictions are made, and those are to be of every row, without noise.
         split = next((name for name in ("train", "val") if sampler is getattr(self, f"{name}_sampler", None)), None)
+        changed = split == "train" or (split == "val" and self.self_supervised)
         if not named(dataset):
             dataset = Numbered(dataset)
-        elif split is not None and (self.tasks or self.denoising.repeat_cells is not None):
+        elif changed and (self.tasks or self.denoising.repeat_cells is not None):
             dataset = _told_apart(dataset, split)
         if self.denoising.repeat_cells is not None and split == "train":
             dataset = RepeatedCells(dataset, self.denoising.repeat_cells, self.draw_task.seed, sampler, self._per_atom)
