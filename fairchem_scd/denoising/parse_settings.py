@@ -30,7 +30,7 @@ class Denoising:
     restart: bool
     on_bad_data: str
     drop_path: DropPathSettings | None
-    drop_path_per: str
+    drop_path_per: str | None
     repeat_cells: CellRepeatSettings | None
 
     @property

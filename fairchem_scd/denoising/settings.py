@@ -302,6 +302,8 @@ class CellRepeatSettings(_Block):
 class DenoisingBlock(_Block):
     """The block's own keys, beside one key a task."""
 
+    sources = {"drop_path_per": "atom: SCD's authors' code; structure: fairchem"}
+
     restart: bool = Field(
         False,
         description="count steps from zero when a run starts from a checkpoint of another kind, such as a plain one",
@@ -312,9 +314,10 @@ class DenoisingBlock(_Block):
         "replaced by the next good row (`skip`); docs/long-runs.md says which rows are bad",
     )
     drop_path: DropPathSettings | None = Field(None, description="a schedule for the backbone's drop path")
-    drop_path_per: Literal["structure", "atom"] = Field(
-        "structure",
+    drop_path_per: Literal["structure", "atom"] | None = Field(
+        None,
         description="what the backbone's drop path leaves a block's update out for: whole structures, as fairchem "
-        "does (`structure`), or each atom on its own, as SCD's authors do (`atom`)",
+        "does (`structure`), or each atom on its own, as SCD's authors do (`atom`); `null`: `atom` in pre-training, "
+        "`structure` beside other losses",
     )
     repeat_cells: CellRepeatSettings | None = Field(None, description="repeat small periodic cells in training")

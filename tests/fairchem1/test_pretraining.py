@@ -339,29 +339,67 @@ def test_ours_fine_tunes_with_what_pre_training_added_and_a_falling_drop_path(da
         make_trainer(tiny_config(data, "escn", {"scd": {}, "drop_path": {}}), tmp_path, identifier="escn")
 
 
-def test_drop_path_draws_for_structures_or_for_atoms_as_the_config_says(data, tmp_path, caplog):
-    def drop_paths(rate, **block):
-        config = pretraining(data, denoising={"scd": {}, **block}, optim={"max_epochs": 1})
+def dropping(data, folder, rate=0.2, make=pretraining, name="equiformer_v2", **block):
+    """A trainer whose backbone has a drop path, and the drop path of each block."""
+    config = make(data, name, denoising={"scd": {}, **block}, optim={"max_epochs": 1})
+    if name == "equiformer_v2":
         config["model"]["backbone"]["drop_path_rate"] = rate
-        trainer = make_trainer(config, tmp_path, identifier="atoms")
-        return trainer, [block.drop_path for block in trainer.model.backbone.blocks]
+    trainer = make_trainer(config, folder, identifier="dropping")
+    return trainer, lambda: [block.drop_path for block in trainer.model.backbone.blocks]
 
-    _, whole = drop_paths(0.2)
-    assert {type(drop) for drop in whole} == {GraphDropPath}
-    trainer, each = drop_paths(0.2, drop_path_per="atom")
-    assert [type(drop) for drop in each] == [AtomDropPath] * 2
-    assert [drop.drop_prob for drop in each] == [0.2, 0.2]
+
+@pytest.mark.parametrize(
+    ("make", "block", "expected"),
+    [
+        (pretraining, {}, AtomDropPath),
+        (tiny_config, {}, GraphDropPath),
+        (pretraining, {"drop_path_per": "structure"}, GraphDropPath),
+        (tiny_config, {"drop_path_per": "atom"}, AtomDropPath),
+    ],
+)
+def test_drop_path_draws_for_atoms_in_pre_training_and_otherwise_as_the_config_says(
+    make, block, expected, data, tmp_path
+):
+    trainer, drops = dropping(data, tmp_path, make=make, **block)
+    assert [(type(drop), drop.drop_prob) for drop in drops()] == [(expected, 0.2)] * 2
     trainer.train(disable_eval_tqdm=True)
     assert np.isfinite(trainer.metrics["loss"]["metric"])
-    trainer, falling = drop_paths(0.0, drop_path_per="atom", drop_path={"start": 0.4, "end": 0.1, "steps": 1})
+
+
+def test_a_drop_path_with_a_schedule_draws_for_atoms_too(data, tmp_path):
+    trainer, drops = dropping(data, tmp_path, rate=0.0, drop_path={"start": 0.4, "end": 0.1, "steps": 1})
     trainer.train(disable_eval_tqdm=True)
-    assert [type(drop) for drop in falling] == [AtomDropPath] * 2
-    assert [drop.drop_prob for drop in falling] == pytest.approx([0.1, 0.1]), "the schedule sets their rate too"
+    assert [type(drop) for drop in drops()] == [AtomDropPath] * 2
+    assert [drop.drop_prob for drop in drops()] == pytest.approx([0.1, 0.1])
+
+
+def test_a_pre_training_that_goes_on_draws_as_it_did_so_far(data, tmp_path):
+    """Also one from before there was a choice, whose checkpoint does not say it. What a config says comes first."""
+    first, _ = dropping(data, tmp_path / "first")
+    first.train(disable_eval_tqdm=True)
+    new = folder_of(first) / "checkpoint.pt"
+    stored = read(new)
+    assert stored["config"]["cmd"].pop("drop_path_per") == "atom"
+    torch.save(stored, old := tmp_path / "old.pt")
+    for path, block, expected in (
+        (new, {}, AtomDropPath),
+        (old, {}, GraphDropPath),
+        (old, {"drop_path_per": "atom"}, AtomDropPath),
+        (new, {"drop_path_per": "structure"}, GraphDropPath),
+    ):
+        trainer, drops = dropping(data, tmp_path, **block)
+        trainer.load_checkpoint(str(path))
+        assert [type(drop) for drop in drops()] == [expected] * 2
+        assert trainer.config["cmd"]["drop_path_per"] == ("atom" if expected is AtomDropPath else "structure")
+
+
+def test_a_choice_where_nothing_is_dropped_is_warned_of(data, tmp_path, caplog):
+    dropping(data, tmp_path, rate=0.0)
     assert "drop_path_per" not in caplog.text
-    drop_paths(0.0, drop_path_per="atom")
-    assert "task.denoising.drop_path_per: no effect" in caplog.text
-    with pytest.raises(ConfigError, match=r"task\.denoising\.drop_path_per: escn_backbone has no drop path"):
-        make_trainer(tiny_config(data, "escn", {"scd": {}, "drop_path_per": "atom"}), tmp_path, identifier="escn")
+    for name in ("equiformer_v2", "escn"):
+        caplog.clear()
+        dropping(data, tmp_path, rate=0.0, name=name, drop_path_per="atom")
+        assert "task.denoising.drop_path_per: no effect" in caplog.text
 
 
 def test_a_checkpoint_of_pre_training_is_no_checkpoint_of_training_and_says_what_to_do(data, pretrained, tmp_path):

@@ -90,13 +90,13 @@ class Fairchem1Adapter(Adapter):
         """
         raise ConfigError(f"task.denoising.drop_path: {self.names[0]} has no drop path; leave it out")
 
-    def drop_path_per_atom(self) -> bool:
-        """Let the drop path of every block draw for each atom on its own, at the rate that it has.
+    def set_drop_path_per(self, per: str) -> bool:
+        """Let the drop path of every block draw for whole structures or for each atom, at the rate that it has.
+
+        Args:
+            per: "structure" or "atom".
 
         Returns:
             Whether any block has a drop path.
-
-        Raises:
-            ConfigError: the backbone has none.
         """
-        raise ConfigError(f"task.denoising.drop_path_per: {self.names[0]} has no drop path; leave it out")
+        return False

@@ -51,10 +51,11 @@ class EquiformerV2Adapter(Fairchem1Adapter):
                 block.drop_path = GraphDropPath(rate)
             block.drop_path.drop_prob = rate
 
-    def drop_path_per_atom(self) -> bool:
+    def set_drop_path_per(self, per: str) -> bool:
+        cls = {"structure": GraphDropPath, "atom": AtomDropPath}[per]
         blocks = [block for block in self.backbone.blocks if block.drop_path is not None]
         for block in blocks:
-            block.drop_path = AtomDropPath(block.drop_path.drop_prob)
+            block.drop_path = cls(block.drop_path.drop_prob)
         return bool(blocks)
 
     def vector_head(self) -> nn.Module:

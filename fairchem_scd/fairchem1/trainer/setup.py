@@ -86,16 +86,22 @@ class SetupMixin:
             checkpoints.carry_over(model, start)
         if self.denoising.drop_path is not None:
             adapter_for(model.backbone).set_drop_path(self.denoising.drop_path.start)
-        if self.denoising.drop_path_per == "atom" and not adapter_for(model.backbone).drop_path_per_atom():
-            logging.warning(
-                "task.denoising.drop_path_per: no effect, since the backbone drops nothing; model.backbone."
-                "drop_path_rate or task.denoising.drop_path says how much to drop"
-            )
+        self._set_drop_path_per(self.denoising.drop_path_per or ("atom" if self.self_supervised else "structure"))
         if self.self_supervised:
             freeze(model)
             if distutils.initialized():
                 # DDP would wait for the gradients of what was frozen after it had wrapped the model.
                 self.model = DistributedDataParallel(model)
+
+    def _set_drop_path_per(self, per: str) -> None:
+        """Let drop path draw for each "structure" or "atom", and say so in checkpoints, for who goes on from them."""
+        drops = adapter_for(self._unwrapped_model.backbone).set_drop_path_per(per)
+        self.config["cmd"]["drop_path_per"] = per
+        if self.denoising.drop_path_per is not None and not drops:
+            logging.warning(
+                "task.denoising.drop_path_per: no effect, since no block of the backbone has a drop path; where there "
+                "can be one, model.backbone.drop_path_rate or task.denoising.drop_path says its rate"
+            )
 
     def load_datasets(self) -> None:
         """Load the host's datasets and check a sample of the data."""
@@ -153,6 +159,9 @@ class SetupMixin:
             )
         elif not inference_only:
             checkpoint = checkpoints.regrouped(checkpoint, self._unwrapped_model, self.optimizer)
+        if not inference_only and self.denoising.drop_path_per is None:
+            # As the run had it so far. Checkpoints that do not say it are older than the choice.
+            self._set_drop_path_per((checkpoint["config"].get("cmd") or {}).get("drop_path_per", "structure"))
         super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
         if not inference_only and self.ema is None and self.ema_decay:
             # The host switches the average off for good when a checkpoint has none.
