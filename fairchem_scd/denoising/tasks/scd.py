@@ -121,7 +121,12 @@ class Scd(DenoisingTask):
             outputs=False,
             noise=True,
         )
-        return (*clean, noisy)
+        return (*map(self._recomputed, clean), noisy)
+
+    def _recomputed(self, clean: Pass) -> Pass:
+        # Of a pass whose embedding alone is used and has no gradient, nothing is kept anyway.
+        has_gradient = clean.outputs or not clean.detach_embedding
+        return replace(clean, recompute=self.settings.recompute_clean_pass and has_gradient)
 
     def embedding_pass(self, structures: Structures) -> Pass:
         return Pass(
