@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 Result = TypeVar("Result")
+Kind = tuple[torch.Size, torch.dtype]
 
 
 def recomputed(function: Callable[[], Result], device: torch.device) -> Result:
@@ -61,22 +62,15 @@ class _Recomputation(Generic[Result]):
         self._surroundings = _Surroundings(device)
         # In the order in which tensors were saved. A slot ends with the graph's node, and then needs no tensor.
         self._slots: list[weakref.ref[_Slot]] = []
-        self._kinds: list[tuple[torch.Size, torch.dtype]] = []
+        self._kinds: list[Kind] = []
 
     def first_run(self) -> Result:
-        def keep(tensor: Tensor) -> _Slot:
-            slot = _Slot(tensor.detach())  # an output that its own node saves would hold itself alive otherwise
+        def note(slot: _Slot) -> None:
             self._slots.append(weakref.ref(slot))
-            self._kinds.append((tensor.shape, tensor.dtype))
-            return slot
+            self._kinds.append(_kind(slot))
 
-        with saved_tensors_hooks(keep, self._tensor):
-            result = self._function()
-        for reference in self._slots:
-            slot = reference()
-            if slot is not None:
-                slot.tensor = None
-        return result
+        with _saved_until_the_end(note, self._tensor):
+            return self._function()
 
     def _tensor(self, slot: _Slot) -> Tensor:
         if slot.tensor is None:
@@ -84,17 +78,15 @@ class _Recomputation(Generic[Result]):
         return slot.tensor
 
     def _second_run(self) -> None:
-        kinds: list[tuple[torch.Size, torch.dtype]] = []
+        kinds: list[Kind] = []
 
-        def fill(tensor: Tensor) -> Tensor:
-            tensor = tensor.detach()
+        def fill(made: _Slot) -> None:
             slot = self._slots[len(kinds)]() if len(kinds) < len(self._slots) else None
-            kinds.append((tensor.shape, tensor.dtype))
+            kinds.append(_kind(made))
             if slot is not None:
-                slot.tensor = tensor
-            return tensor  # for derivatives that the function itself takes
+                slot.tensor = made.tensor
 
-        with self._surroundings.restored(), torch.enable_grad(), saved_tensors_hooks(fill, lambda tensor: tensor):
+        with self._surroundings.restored(), torch.enable_grad(), _saved_until_the_end(fill, lambda slot: slot.tensor):
             self._function()
         if kinds != self._kinds:
             at = next((i for i, pair in enumerate(zip(kinds, self._kinds)) if pair[0] != pair[1]), None)  # noqa: B905
@@ -106,7 +98,36 @@ class _Recomputation(Generic[Result]):
             )
 
 
-def _said(kind: tuple[torch.Size, torch.dtype]) -> str:
+@contextmanager
+def _saved_until_the_end(note: Callable[[_Slot], None], read: Callable[[_Slot], Tensor]) -> Iterator[None]:
+    """While entered, what autograd saves is in slots, which are empty afterwards.
+
+    Args:
+        note: is called with each new slot.
+        read: is called where autograd asks for the tensor of a slot, which may be later.
+    """
+    slots: list[weakref.ref[_Slot]] = []
+
+    def keep(tensor: Tensor) -> _Slot:
+        slot = _Slot(tensor.detach())  # an output that its own node saves would hold itself alive otherwise
+        slots.append(weakref.ref(slot))
+        note(slot)
+        return slot
+
+    with saved_tensors_hooks(keep, read):
+        yield
+    # Emptied, not only left alone: a backbone may keep a reference to its latest result, and with it to the graph.
+    for reference in slots:
+        slot = reference()
+        if slot is not None:
+            slot.tensor = None
+
+
+def _kind(slot: _Slot) -> Kind:
+    return slot.tensor.shape, slot.tensor.dtype
+
+
+def _said(kind: Kind) -> str:
     return f"{list(kind[0])} {kind[1]}"
 
 

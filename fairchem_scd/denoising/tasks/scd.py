@@ -57,6 +57,11 @@ class Scd(DenoisingTask):
                 "task.denoising.scd.std_reg: the clean pass also trains the config's outputs, whose labels belong to "
                 "the structure as it is; leave std_reg out"
             )
+        if self.settings.recompute_clean_pass and not (self.supervised or self._embeds):
+            raise ConfigError(
+                "task.denoising.scd.recompute_clean_pass: there is no clean pass where no outputs are trained and "
+                "condition does not name 'self'; leave it out"
+            )
 
     def check_backbone(self, backbone: Backbone, heads: bool) -> None:
         if self._embeds:
