@@ -145,6 +145,7 @@ class _Surroundings:
                 cache_enabled=torch.is_autocast_cache_enabled(),
             )
             for kind in sorted({"cpu", device.type})
+            if torch.amp.is_autocast_available(kind)
         ]
 
     @contextmanager
@@ -164,7 +165,8 @@ class _RandomState:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._generators = None if device.type == "cpu" else getattr(torch, device.type)  # such as torch.cuda
+        # A module such as torch.cuda; of the CPU there is one too, without states.
+        self._generators = None if device.type == "cpu" else getattr(torch, device.type, None)
         self._cpu = torch.get_rng_state()
         self._device = None if self._generators is None else self._generators.get_rng_state(device)
 
