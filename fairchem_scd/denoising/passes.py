@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from fairchem_scd.denoising.conditions import BoundModulation, SelfCondition
 from fairchem_scd.denoising.conditions.self_condition import always_on
 from fairchem_scd.denoising.hooks import outputs_of
 from fairchem_scd.denoising.plan import NOISE, AtomSubset, Pass, Plan
+from fairchem_scd.denoising.recompute import recomputed
 from fairchem_scd.denoising.structures import Structures
 from fairchem_scd.denoising.tasks.base import DenoisingTask, TaskModules
 from fairchem_scd.errors import ConfigError
@@ -80,15 +82,16 @@ def run_plan(model: DenoisingModel, data: Any, plan: Plan) -> dict[str, Any]:
         not use it.
     """
     modules = model.denoising[plan.task]
-    # All views before the first pass, since a host's backbone may write into the batch that it is given.
-    views = [model.view_of(data, run) for run in plan.passes]
+    # A host's backbone may write into the batch that it is given, and a trainer into its own before the backward.
+    batch = model.view_of(data, Pass(data.pos))
     out: dict[str, Any] = {}
     embedding = None
-    for run, view in zip(plan.passes, views, strict=True):
-        returned, features = _run_pass(model, view, run, modules, embedding)
+    for run in plan.passes:
+        call = partial(_run_pass, model, batch, run, modules, embedding)
+        recompute = run.recompute and torch.is_grad_enabled()
+        returned, made = recomputed(call, data.pos.device) if recompute else call()
         out.update(returned)
-        if run.embed:
-            embedding = _embedding(model, data, view, run, modules.condition, features)
+        embedding = made if run.embed else embedding
     unused: list[nn.Module] = [added for task, added in model.denoising.items() if task != plan.task]
     if not any(run.outputs for run in plan.passes):
         unused += [model.output_heads, *model.adapter.readout()]
@@ -112,9 +115,7 @@ def embed(model: DenoisingModel, data: Any, structures: Structures) -> Tensor:
     if task is None:
         raise ConfigError("the model has no condition head: it was not trained with task.denoising.scd")
     run = task.embedding_pass(structures).to(data.pos.device)
-    view, modules = model.view_of(data, run), model.denoising[task.name]
-    _, features = _run_pass(model, view, run, modules, None)
-    made = _embedding(model, data, view, run, modules.condition, features)
+    _, made = _run_pass(model, data, run, model.denoising[task.name], None)
     return made.masked_fill(~task.embedded_structures(structures).to(made.device)[:, None], 0)
 
 
@@ -147,13 +148,16 @@ def frozen_in_pretraining(model: DenoisingModel) -> list[nn.Parameter]:
 
 
 def _run_pass(
-    model: DenoisingModel, view: Any, run: Pass, modules: TaskModules, embedding: Tensor | None
-) -> tuple[dict[str, Any], Any]:
-    """The outputs of one pass, and what the backbone returned in it.
+    model: DenoisingModel, data: Any, run: Pass, modules: TaskModules, embedding: Tensor | None
+) -> tuple[dict[str, Any], Tensor | None]:
+    """The outputs of one pass, and the embedding [B, C] that it makes, if it makes one.
+
+    Whatever the pass needs is set up in here, since a pass with `recompute` runs again in backward.
 
     Args:
         embedding: [B, C] that the latest embedding pass made of the structures of the whole batch, if any.
     """
+    view = model.view_of(data, run)
     heads = [*model.output_heads.values()] if run.outputs else []
     heads += [modules["noise_head"]] if run.noise else []
     if run.conditioned is None:
@@ -176,7 +180,7 @@ def _run_pass(
         if run.noise:
             noise = model.vectors(modules["noise_head"], view, returned[-1])
             out[NOISE] = _whole(noise, run.subset and run.subset.atoms, len(run.pos))
-    return out, returned[-1]
+    return out, _embedding(model, data, view, run, modules.condition, returned[-1]) if run.embed else None
 
 
 def _embedding(

@@ -55,6 +55,8 @@ class Pass:
         embed: make the embedding of each structure that later passes can be conditioned on.
         noise: run the noise head.
         detach_embedding: no gradient through the embedding into this pass.
+        recompute: keep no activations of this pass. Backward, when it comes to the pass, runs it once more, and by then
+            has freed those of the passes after it.
     """
 
     pos: Tensor
@@ -65,6 +67,7 @@ class Pass:
     embed: bool = False
     noise: bool = False
     detach_embedding: bool = False
+    recompute: bool = False
 
     def to(self, device: torch.device) -> Pass:
         """The same pass on another device."""

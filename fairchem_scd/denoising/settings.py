@@ -169,6 +169,7 @@ class ScdSettings(_NoiseSettings):
         "condition": "the paper; forces beside it: ours",
         "null_condition": "ours: the plain model stays what it is",
         "stop_gradient_condition": "the paper; true: ours",
+        "recompute_clean_pass": "ours",
         "gate_bound": "ours",
         "embed_tags": "the paper, for pockets and ligands",
         "denoise_tags": "the paper, for pockets and ligands",
@@ -212,6 +213,11 @@ class ScdSettings(_NoiseSettings):
     )
     stop_gradient_condition: bool = Field(
         False, description="no gradient flows through the embedding into the clean pass"
+    )
+    recompute_clean_pass: bool = Field(
+        False,
+        description="keep no activations of the clean pass and run it again in backward: about the memory of a plain "
+        "step, for about a sixth more time; nothing else changes",
     )
     gate_bound: PositiveFraction = Field(1.0, description="a block's update is scaled within 1 ± this")
     embed_tags: Tags | None = Field(

@@ -70,7 +70,7 @@ class Block(nn.Module):
         source, target, unit, radial = edges
         scalar, along, across = (self.filter(radial) * self.mix(self.norm(x))[source]).chunk(3, dim=1)
         dv = torch.zeros_like(v).index_add(0, target, along[:, None] * unit[:, :, None] + across[:, None] * v[source])
-        dx = torch.zeros_like(x).index_add(0, target, scalar) + (v + dv).square().mean(dim=1)
+        dx = torch.zeros_like(x).index_add(0, target, scalar.to(x)) + (v + dv).square().mean(dim=1)
         return dx, dv
 
 
@@ -117,8 +117,8 @@ class EnergyHead(nn.Module):
         self.linear = nn.Linear(backbone.channels, 1)
 
     def forward(self, data: Any, emb: dict[str, Tensor]) -> dict[str, Tensor]:
-        energy = emb["node_embedding"].new_zeros(len(data.natoms))
-        return {"energy": energy.index_add(0, data.batch, self.linear(emb["node_embedding"])[:, 0])}
+        each = self.linear(emb["node_embedding"])[:, 0]
+        return {"energy": each.new_zeros(len(data.natoms)).index_add(0, data.batch, each)}
 
 
 class VectorHead(nn.Module):

@@ -29,6 +29,7 @@ CASES = {
     "ordinary": ("equiformer_v2", {"dens": {"prob": 0.0}}),
     "scd": ("equiformer_v2", {"scd": {"condition": ["self", "forces"]}}),
     "scd adsorbates": ("equiformer_v2", {"scd": TAGS}),
+    "scd with the clean pass recomputed": ("equiformer_v2", {"scd": {"recompute_clean_pass": True}}),
     "pre-training escn": ("escn", {"scd": {"stop_gradient_condition": True}}),
 }
 

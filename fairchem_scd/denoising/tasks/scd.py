@@ -57,6 +57,11 @@ class Scd(DenoisingTask):
                 "task.denoising.scd.std_reg: the clean pass also trains the config's outputs, whose labels belong to "
                 "the structure as it is; leave std_reg out"
             )
+        if self.settings.recompute_clean_pass and not (self.supervised or self._embeds):
+            raise ConfigError(
+                "task.denoising.scd.recompute_clean_pass: there is no clean pass where no outputs are trained and "
+                "condition does not name 'self'; leave it out"
+            )
 
     def check_backbone(self, backbone: Backbone, heads: bool) -> None:
         if self._embeds:
@@ -119,7 +124,12 @@ class Scd(DenoisingTask):
             outputs=False,
             noise=True,
         )
-        return (*clean, noisy)
+        return (*map(self._recomputed, clean), noisy)
+
+    def _recomputed(self, clean: Pass) -> Pass:
+        # Of a pass whose embedding alone is used and has no gradient, nothing is kept anyway.
+        has_gradient = clean.outputs or not clean.detach_embedding
+        return replace(clean, recompute=self.settings.recompute_clean_pass and has_gradient)
 
     def embedding_pass(self, structures: Structures) -> Pass:
         return Pass(

@@ -71,6 +71,24 @@ class GradientClaims(BackboneModels):
             total = value + noise[name]
             torch.testing.assert_close(found[name], total, rtol=1e-4, atol=1e-5 * float(total.abs().max()) + 1e-12)
 
+    @pytest.mark.parametrize("supervised", [True, False])
+    def test_recomputing_the_clean_pass_changes_no_bit(self, supervised: bool) -> None:
+        """Outputs, gradients and the random state after the step, on consecutive steps of a model in training mode."""
+        model, batch = stirred(self.ours(SCD)), self.batch()
+        for step in range(1, 4):
+            results = []
+            for settings in ({}, {"recompute_clean_pass": True}):
+                plan, _ = plan_of(batch, {"scd": settings}, supervised, step=step)
+                found = gradients(model, batch, plan)
+                results.append([copy.deepcopy(found[1]), {k: v.detach() for k, v in found[0].items()}, torch.rand(4)])
+            assert [p.recompute for p in plan.passes] == [True, False]
+            (kept, outputs, after), (again, outputs_again, after_again) = results
+            assert all(torch.equal(outputs_again[key], value) for key, value in outputs.items())
+            assert torch.equal(after, after_again)
+            assert any(value is not None and value.any() for value in kept.values())
+            for name, value in kept.items():
+                assert torch.equal(again[name], value) if value is not None else again[name] is None, name
+
     def test_the_gradient_goes_through_the_embedding_and_can_be_cut(self) -> None:
         """Against the chain rule by hand: the gradient with a fixed embedding c, plus that through c."""
         model, batch = stirred(self.ours(SCD)).eval(), self.batch(2)
