@@ -1,18 +1,19 @@
-"""Does the embedding tell the noisy pass anything? Measured on a data set, whatever its batches and the number of ranks.
+"""Does the embedding tell the noisy pass anything? Measured on a data set; the result depends on nothing else.
 
 The noise of each structure is predicted three times: told the structure's own embedding ("right"), another structure's
-("other"), and none. That takes one clean pass and three noisy ones, in two sweeps over the data: the first embeds all
-structures and tells each the right embedding; then every structure gets a partner among all of them; the second sweep
-tells each structure its partner's embedding, and none.
+("other"), and none. That takes one clean pass and three noisy ones, in two sweeps over the data. The first sweep embeds
+every structure and tells it the right embedding. Then every structure gets a partner among all of them. The second
+sweep tells it the partner's embedding, and none.
 
-**The partner** of a structure follows from the data alone. Structures are put in an order by a hash of what they are
-(elements, positions, cell), which has nothing to do with their order in the data, where neighbours are often alike. Each
-is told the embedding of the one before it, the first that of the last. So the partner is never the structure itself, nor
-a copy of it; it is the same in every epoch and run; and it does not depend on batches, which may hold one structure, or
-ranks. Where all structures are the same one, there is no other, and nothing is measured.
+**The partner** of a structure follows from the data alone. Structures are put in order by a hash of what they are
+(elements, positions, cell). That order has nothing to do with their order in the data, where neighbours are often
+alike. Each is told the embedding of the one before it; the first, that of the last. So a partner is never the structure
+itself, nor a copy of it. It is the same in every epoch and every run, however the data are divided into batches, which
+may hold a single structure, and among ranks. Where all structures are one and the same there is no partner, and nothing
+is measured.
 
-A structure that several ranks or batches have, as the host's samplers make where the data do not divide evenly, counts
-once.
+A structure counts once, though several ranks or batches may have it: the host's samplers repeat some where the data do
+not divide evenly.
 """
 
 from __future__ import annotations

@@ -39,7 +39,9 @@ class JudgingMixin:
         super().__init__(**config)
 
     def validate(self, split: str = "val", disable_tqdm: bool = False) -> Any:
-        task = next((task for task in self.tasks.values() if task.judges_condition), None)
+        # In pre-training `denoising_pos_mae` is of the task that validation corrupts for, and stays so.
+        tasks = (self._validated_task,) if self.self_supervised else self.tasks.values()
+        task = next((task for task in tasks if task.judges_condition), None)
         if task is not None:
             self._judge = ConditionJudge(self._unwrapped_model, task, self._call, _of_all_ranks)
         self._judged_split = split
@@ -66,7 +68,7 @@ class JudgingMixin:
 
     def _judged(self, judge: ConditionJudge) -> ConditionReport | None:
         loader = self.val_loader if self._judged_split == "val" else self.test_loader
-        if not (self.self_supervised and self._validated_task is judge.task):
+        if not self.self_supervised:
             for batch in loader:
                 judge.first(batch.to(self.device))
         judge.pair()
