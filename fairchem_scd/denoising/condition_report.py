@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 SIGNIFICANT = 3.0
-"""A gain counts where it is more than so many of its standard errors."""
+"""A gain counts where it is more than so many of its standard errors …"""
+
+SMALLEST = 0.001
+"""… and not less than this: of a tenth of a percent nobody would have any use, and below are rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Gain:
 
     @property
     def counts(self) -> bool:
-        """Whether it is more than chance: above zero by more than `SIGNIFICANT` standard errors."""
-        return self.value > SIGNIFICANT * self.error and self.value > 0
+        """Whether it is more than chance and not too small to matter."""
+        return self.value > SIGNIFICANT * self.error and self.value >= SMALLEST
 
     def __str__(self) -> str:
         percent = round(100 * self.value, 1) + 0.0  # no -0.0
@@ -130,7 +133,8 @@ class ConditionReport:
         return (
             f"Noise error of {self.structures} structures (mean square / σ²): {self.mse.right:.4f} told the right "
             f"embedding, {self.mse.other:.4f} told another structure's, {self.mse.none:.4f} told none, "
-            f"{self.mse.zero:.4f} for predicting nothing. The embeddings vary in {self.dimensions:.1f} dimensions."
+            f"{self.mse.zero:.4f} for predicting nothing. Gain over another structure's {self.gain}, over none "
+            f"{self.gain_over_none}. The embeddings vary in {self.dimensions:.1f} dimensions."
         )
 
 

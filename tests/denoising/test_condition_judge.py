@@ -332,6 +332,8 @@ def test_participation_ratio_counts_dimensions():
         ((0.5, 0.1), (0.1, 0.05), "The model relies on the condition", True),
         ((0.5, 0.1), (-0.2, 0.05), "The model relies on the condition", True),
         ((0.2, 0.1), (0.5, 0.1), "The condition carried nothing", True),
+        ((0.0009, 0.0001), (0.5, 0.1), "The condition carried nothing", True),
+        ((0.2, 0.01), (0.0009, 0.0001), "The model relies on the condition", True),
         ((-0.0004, 0.1), (0.5, 0.1), "The condition carried nothing: another structure's embedding serves", True),
     ],
 )
