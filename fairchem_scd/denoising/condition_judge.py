@@ -169,10 +169,10 @@ class ConditionJudge:
             mse=Errors(**{told: float(errors.mean()) for told, errors in mse.items()}, zero=zero),
             gain=Gain.of(mse["right"], mse["other"]),
             gain_over_none=Gain.of(mse["right"], mse["none"]),
-            dimensions=participation_ratio(self._conditions()),
+            dimensions=participation_ratio(self.conditions()),
         )
 
-    def _conditions(self) -> Tensor:
+    def conditions(self) -> Tensor:
         """[B, C] what all structures that have an embedding are told, as the blocks get it."""
         head = self.model.denoising[self.task.name].condition.head
         made = torch.stack(list(self._told.values())).to(next(head.parameters()).device)

@@ -167,7 +167,7 @@ def telling(monkeypatch):
 
     monkeypatch.setattr(SelfCondition, "embed", embed)
     monkeypatch.setattr(SelfCondition, "bind", bind)
-    monkeypatch.setattr(ConditionJudge, "_conditions", lambda self: torch.stack(list(self._told.values())))
+    monkeypatch.setattr(ConditionJudge, "conditions", lambda self: torch.stack(list(self._told.values())))
     host_view = model.view_of
 
     def view_of(data, run):
