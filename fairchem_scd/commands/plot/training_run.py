@@ -49,12 +49,17 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Panel:
-    """Curves in one pair of axes, with a line at zero where `zero` says so."""
+    """Curves in one pair of axes.
+
+    Attributes:
+        log: logarithmic, where the values differ much.
+        least: show at least this range, with a line at zero. Else differences that mean nothing would look large.
+    """
 
     label: str
     lines: tuple[_Line, ...]
     log: bool = False
-    zero: bool = False
+    least: tuple[float, float] | None = None
 
 
 # Each quantity has a colour. Dashed lines are of corrupted structures. Lines with markers are of validation.
@@ -108,7 +113,7 @@ _ERRORS = (
             _gain("denoising_condition_gain", "over another's", _OTHER, "s"),
             _gain("denoising_condition_gain_over_none", "over none", _NONE, "^"),
         ),
-        zero=True,
+        least=(-1, 5),
     ),
 )
 
@@ -194,8 +199,10 @@ def _draw_panel(ax: Axes, panel: _Panel, curves: Mapping[str, Curve]) -> None:
             _draw_validation(ax, curve, line, curves.get(line.error))
         else:
             _draw_training(ax, curve, line)
-    if panel.zero:
+    if panel.least:
         ax.axhline(0, color=_GREY, linestyle=":", linewidth=0.9)
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, panel.least[0]), max(high, panel.least[1]))
     values = np.concatenate([curves[line.tag].values for line in panel.lines])
     values = values[np.isfinite(values) & (values > 0)]
     span = values.max() / values.min() if len(values) else 1
