@@ -9,7 +9,8 @@ is not run again, and several processes may share the file:
     python -m benchmarks.condition real --data FOLDER --seeds 0 1 2
     python -m benchmarks.report
 
-The noise error is the mean square of (ε̂ − ε) over σ², each structure counting once. "None" is what the same model does
+The noise error is the mean square of (ε̂ − ε) over σ², each structure counting once, as `ConditionJudge` of this package
+measures it. "None" is what the same model does
 without an embedding, which it is trained to do on a fifth of the structures; what the condition is worth is to be read
 off the plain runs.
 """
@@ -28,9 +29,10 @@ import torch
 
 from benchmarks import structures
 from benchmarks.common import existing_folder, use_threads
-from benchmarks.noise import dimensions, noise_errors, told_differences
+from benchmarks.noise import judged, noise_errors, told_differences
 from benchmarks.results import Results, environment
 from benchmarks.trained import Length, Model, Watch, averaged, denoiser
+from fairchem_scd.denoising.condition_judge import ConditionJudge
 
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {"condition": []},
@@ -106,19 +108,26 @@ def suite(name: str, seeds: list[int], data: list[str] | None, steps: int | None
 SUITES = ("small", "real", "frontier")
 
 
+_TOLD = ("right", "other", "none")
+
+
 def judge(trainer: Any, form: str) -> dict[str, Any]:
     """Noise errors as the trainer's weights are: means, standard errors over structures, and of their difference."""
     if form == "plain":
-        return {"none": _mean(noise_errors(trainer, "none"))}
-    right, other, none = (noise_errors(trainer, told) for told in ("right", "other", "none"))
+        return {"none": _mean(noise_errors(trainer))}
+    found = judged(trainer)
+    errors = {told: of_structures(found, told) for told in _TOLD}
     return {
-        "right": _mean(right),
-        "other": _mean(other),
-        "none": _mean(none),
-        "other_minus_right": _mean(other - right),
-        "none_minus_right": _mean(none - right),
-        "dimensions": round(dimensions(trainer), 3),
+        **{told: _mean(values) for told, values in errors.items()},
+        "other_minus_right": _mean(errors["other"] - errors["right"]),
+        "none_minus_right": _mean(errors["none"] - errors["right"]),
+        "dimensions": round(found.report().dimensions, 3),
     }
+
+
+def of_structures(found: ConditionJudge, told: str) -> torch.Tensor:
+    """[B] noise errors of the held-out structures, in their order."""
+    return torch.tensor([score.mse[told] for score in found.scores.values()], dtype=torch.float64)
 
 
 def _mean(values: Any) -> list[float]:
@@ -144,10 +153,12 @@ def train(run: Run, folder: Path | None) -> dict[str, Any]:
         watch = Watch(trainer, lambda t: judge(t, run.form), 4, "denoising_pos_mae")
         scores = watch.train(trainer)
         with averaged(trainer):  # structure by structure, to compare runs with each other
-            scores["structures"] = {
-                told: [round(error, 5) for error in noise_errors(trainer, told).tolist()]
-                for told in (("none",) if run.form == "plain" else ("right", "other", "none"))
-            }
+            if run.form == "plain":
+                errors = {"none": noise_errors(trainer)}
+            else:
+                found = judged(trainer)
+                errors = {told: of_structures(found, told) for told in _TOLD}
+        scores["structures"] = {told: [round(error, 5) for error in of.tolist()] for told, of in errors.items()}
         return scores
 
 

@@ -1,10 +1,8 @@
-"""How well a model denoises, told the right structure's embedding, another's or none; and a form of the condition."""
+"""How well a model denoises held-out structures, judged as the package judges; and another form of the condition."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -12,88 +10,52 @@ import torch
 from torch import Tensor, nn
 
 from fairchem_scd.denoising import passes
+from fairchem_scd.denoising.condition_judge import ConditionJudge, structure_errors
 from fairchem_scd.denoising.conditions import SelfCondition
 from fairchem_scd.denoising.plan import NOISE, VALIDATION, Plan
-from fairchem_scd.denoising.structures import structures_of
-from fairchem_scd.fairchem1.hydra import DenoisingHydra, repeated_directions
+from fairchem_scd.fairchem1.hydra import DenoisingHydra
+
+_AT_ONCE = 16
 
 
 @torch.no_grad()
-def noise_errors(trainer: Any, told: str, batch_size: int = 16) -> Tensor:
+def noise_errors(trainer: Any) -> Tensor:
     """Noise errors of a trainer's present weights, in eval mode, on its held-out structures.
 
-    The noise is that of validation, the same for every run.
-
-    Args:
-        trainer: of SCD on the whole structure.
-        told: what the noisy pass is told: "right", the structure's own embedding; "other", that of the structure
-            before it in its batch; "none".
+    The noise is that of validation, the same for every run. Where SCD has a condition, structures are told their own
+    embedding.
 
     Returns:
         [B] mean square of the noise's error over σ², of each structure. Predicting zero has about 1 − 1/N for N atoms.
     """
-    if told not in ("right", "other", "none"):
-        raise ValueError(f"told: right, other or none (got {told!r})")
-    rows, model, task = trainer.val_dataset, trainer._unwrapped_model, trainer.tasks["scd"]
-    errors = []
-    for start in range(0, len(rows), batch_size):
-        batch = trainer.collater([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-        structures = structures_of(batch, repeated_directions(model.backbone, batch))
+    model, task, errors = trainer._unwrapped_model, trainer.tasks["scd"], []
+    for batch in _batches(trainer):
+        structures = model.structures_of(batch)
         corruption = task.corrupt(structures, seed=0, step=VALIDATION)
         planned = task.passes(structures, corruption, seed=0, step=VALIDATION)
-        if told == "none":
-            planned = (replace(planned[-1], conditioned=None),)
-        with _rolled(model) if told == "other" else _as_it_is():
-            noise = model(batch, plan=Plan(task.name, planned))[NOISE]
-        error = (noise - corruption.noise / task.settings.std).square().mean(dim=1)
-        errors += [of.mean() for of in error.split(structures.natoms.tolist())]
-    return torch.stack(errors)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _rolled(model: DenoisingHydra) -> Iterator[None]:
-    """While entered, each structure is told the embedding of the one before it in its batch."""
-    head = model.denoising["scd"]["condition_head"]
-    hook = head.register_forward_hook(lambda module, args, embedding: embedding.roll(1, 0))
-    model.rolled = True
-    try:
-        yield
-    finally:
-        hook.remove()
-        model.rolled = False
+        noise = model(batch, plan=Plan(task.name, planned))[NOISE]
+        errors.append(structure_errors(noise, corruption, task.settings.std).mse)
+    return torch.cat(errors)
 
 
 @torch.no_grad()
-def dimensions(trainer: Any) -> float:
-    """Effective number of dimensions of what held-out structures are told: participation ratio of its covariance.
-
-    (Σλ)² / Σλ² over the eigenvalues λ: 1 where all lie on a line, the number of channels where they fill all alike.
-    """
-    model = trainer._unwrapped_model
-    told: list[Tensor] = []
-    if isinstance(model, DifferenceHydra):
-        model.differences = told
-        noise_errors(trainer, "right")
-        model.differences = None
-        return participation_ratio(torch.cat(told))
-    head = model.denoising["scd"]["condition_head"]
-    hook = head.register_forward_hook(lambda module, args, embedding: told.append(embedding))
-    noise_errors(trainer, "right")
-    hook.remove()
-    return participation_ratio(head.norm(torch.cat(told)))
+def judged(trainer: Any) -> ConditionJudge:
+    """A judge of a trainer's condition that has seen its held-out structures, with its present weights in eval mode."""
+    model, task = trainer._unwrapped_model, trainer.tasks["scd"]
+    kind = DifferenceJudge if isinstance(model, DifferenceHydra) else ConditionJudge
+    judge = kind(model, task, model, structures=model.structures_of)
+    for batch in _batches(trainer):
+        judge.first(batch)
+    judge.pair()
+    for batch in _batches(trainer):
+        judge.second(batch)
+    return judge
 
 
-def participation_ratio(samples: Tensor) -> float:
-    """(Σλ)² / Σλ² over the eigenvalues λ of the covariance of samples [B, C]; zero where they do not vary."""
-    centred = (samples - samples.mean(dim=0)).double()
-    covariance = centred.T @ centred
-    square = covariance.square().sum()
-    return (covariance.trace().square() / square).item() if square > 0 else 0.0
+def _batches(trainer: Any) -> Iterator[Any]:
+    rows = trainer.val_dataset
+    for start in range(0, len(rows), _AT_ONCE):
+        yield trainer.collater([rows[i] for i in range(start, min(start + _AT_ONCE, len(rows)))])
 
 
 # --- the difference form ----------------------------------------------------------------------------------------------
@@ -105,7 +67,8 @@ class DifferenceHydra(DenoisingHydra):
     Each block b is told d_b = (z_b(x) − z_b(x̃)) / rms_b, where z_b is the mean over a structure's atoms of the l = 0
     features that enter the block after its pre-norm, and rms_b a running root mean square per channel. To first order
     in the noise a model told invariants c_k of the clean structure gains by −Σ_k (c_k(x̃) − c_k(x)) ∇_i c_k, and
-    c_k(x̃), a mean over all atoms, is what messages within a cutoff cannot form.
+    c_k(x̃), a mean over all atoms, is what messages within a cutoff cannot form. The embedding [B, blocks · C] of a
+    structure is its z_b(x), one block after the other.
 
     Use `told_differences` to make a model one.
     """
@@ -114,22 +77,32 @@ class DifferenceHydra(DenoisingHydra):
         if plan is None:
             return super().forward(data)
 
+        means = None
+
         def clean(model: DenoisingHydra, view: Any) -> _Means:
-            self._clean = _Means(view.batch, len(view.natoms))
-            return self._clean
+            nonlocal means
+            means = _Means(view.batch, len(view.natoms))
+            return means
+
+        def embed(condition: SelfCondition, scalars: Tensor, batch: Tensor, size: int) -> Tensor:
+            return torch.cat([means.of_block[block] for block in range(len(condition.modulation.blocks))], dim=1)
 
         def noisy(condition: SelfCondition, embedding: Tensor, conditioned: Tensor, batch: Tensor) -> _Difference:
-            return _Difference(self, batch, conditioned, condition.modulation.blocks)
+            return _Difference(self, embedding, batch, conditioned, condition.modulation.blocks)
 
-        # The two places where the engine asks for a pass's modulation: with a condition, and without.
-        with mock.patch.object(passes, "_without_condition", clean), mock.patch.object(SelfCondition, "bind", noisy):
+        # Where the engine asks for a pass's modulation, without a condition and with one, and for the embedding.
+        with (
+            mock.patch.object(passes, "_without_condition", clean),
+            mock.patch.object(SelfCondition, "embed", embed),
+            mock.patch.object(SelfCondition, "bind", noisy),
+        ):
             return super().forward(data, plan)
 
 
 def told_differences(model: DenoisingHydra) -> None:
     """Make a model one that is told differences, in place: its class changes, its modules stay."""
     model.__class__ = DifferenceHydra
-    model.rolled, model.differences = False, None
+    model.differences = None
     for block in range(model.adapter.num_modulated):
         model.register_buffer(_square(block), torch.zeros(model.adapter.scalar_channels), persistent=False)
         model.register_buffer(_count(block), torch.zeros(()), persistent=False)
@@ -141,6 +114,24 @@ def _square(block: int) -> str:
 
 def _count(block: int) -> str:
     return f"difference_count_{block}"
+
+
+class DifferenceJudge(ConditionJudge):
+    """Judges a `DifferenceHydra`, whose blocks are told how far the noisy structure is from the embedding."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.differences: list[Tensor] = []
+
+    def first(self, batch: Any) -> None:
+        self.model.differences = self.differences
+        try:
+            super().first(batch)
+        finally:
+            self.model.differences = None
+
+    def conditions(self) -> Tensor:
+        return torch.cat(self.differences)
 
 
 class _Means:
@@ -161,15 +152,16 @@ class _Means:
 class _Difference:
     """A modulation by differences, in the place of `conditions.BoundModulation`."""
 
-    def __init__(self, model: DifferenceHydra, batch: Tensor, conditioned: Tensor, blocks: nn.ModuleList) -> None:
+    def __init__(
+        self, model: DifferenceHydra, embedding: Tensor, batch: Tensor, conditioned: Tensor, blocks: nn.ModuleList
+    ) -> None:
         self.model, self.batch, self.conditioned, self.blocks = model, batch, conditioned, blocks
+        self.clean = embedding.chunk(len(blocks), dim=1)
         self.gates: dict[int, Tensor] = {}
 
     def scalars(self, block: int, scalars: Tensor) -> Tensor:
-        model, clean = self.model, self.model._clean.of_block[block]
-        if model.rolled:
-            clean = clean.roll(1, 0)
-        difference = clean - mean_of_structures(scalars, self.batch, len(self.conditioned))
+        model = self.model
+        difference = self.clean[block] - mean_of_structures(scalars, self.batch, len(self.conditioned))
         square, count = getattr(model, _square(block)), getattr(model, _count(block))
         if model.training:
             with torch.no_grad():

@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
+
+from fairchem_scd.denoising.condition_report import Gain
+
 FIRST = "plain"
 """The arm that others are compared with."""
 
@@ -200,10 +204,8 @@ def ladder_table(records: list[Record]) -> str:
 
 def ratio_of(errors: Sequence[float], others: Sequence[float]) -> str:
     """Ratio of the means of paired errors, with its standard error over structures."""
-    top, bottom = statistics.mean(errors), statistics.mean(others)
-    ratio = top / bottom
-    rest = [a - ratio * b for a, b in zip(errors, others, strict=True)]
-    return f"{ratio:.3f} ± {statistics.stdev(rest) / bottom / math.sqrt(len(rest)):.3f}"
+    gain = Gain.of(torch.tensor(errors), torch.tensor(others))
+    return f"{1 - gain.value:.3f} ± {gain.error:.3f}"
 
 
 def _with_error(pair: Sequence[float] | None) -> str:

@@ -293,10 +293,7 @@ def pretrain(model: Model, how: Pretraining, splits: Splits, checkpoint: Path) -
         trainer = denoiser(model, how.length, splits.train, splits.held_out, Path(folder), scd=how.scd, seed=how.seed)
         batch = next(iter(trainer.train_loader))
         assert not {"energy", "forces"} & set(batch.keys()), "labels were read in pre-training"
-        told = "right" if "self" in trainer.tasks["scd"].settings.condition else "none"
-        watch = Watch(
-            trainer, lambda t: {"noise": round(noise_errors(t, told).mean().item(), 5)}, 5, "denoising_pos_mae"
-        )
+        watch = Watch(trainer, lambda t: {"noise": round(noise_errors(t).mean().item(), 5)}, 5, "denoising_pos_mae")
         scores = watch.train(trainer)
         saved = trainer.save(checkpoint_file="pretrained.pt", training_state=False)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from fairchem_scd.denoising.adapter import Adapter
 from fairchem_scd.denoising.conditions import BoundModulation, SelfCondition
 from fairchem_scd.denoising.conditions.self_condition import always_on
 from fairchem_scd.denoising.hooks import outputs_of
-from fairchem_scd.denoising.plan import NOISE, AtomSubset, Pass, Plan
+from fairchem_scd.denoising.plan import EMBEDDING, NOISE, AtomSubset, Pass, Plan
 from fairchem_scd.denoising.recompute import recomputed
 from fairchem_scd.denoising.structures import Structures
 from fairchem_scd.denoising.tasks.base import DenoisingTask, TaskModules
@@ -78,8 +78,8 @@ def run_plan(model: DenoisingModel, data: Any, plan: Plan) -> dict[str, Any]:
 
     Returns:
         The outputs of the user's heads as the host returns them, and under `NOISE` the predicted noise [N, 3], zero for
-        atoms that the noise pass does not have. In training every parameter has a gradient, zero where the plan did
-        not use it.
+        atoms that the noise pass does not have; under `EMBEDDING` the embeddings [B, C], if the plan returns them. In
+        training every parameter has a gradient, zero where the plan did not use it.
     """
     modules = model.denoising[plan.task]
     # A host's backbone may write into the batch that it is given, and a trainer into its own before the backward.
@@ -92,6 +92,8 @@ def run_plan(model: DenoisingModel, data: Any, plan: Plan) -> dict[str, Any]:
         returned, made = recomputed(call, data.pos.device) if recompute else call()
         out.update(returned)
         embedding = made if run.embed else embedding
+    if plan.returns_embedding and embedding is not None:
+        out[EMBEDDING] = embedding
     unused: list[nn.Module] = [added for task, added in model.denoising.items() if task != plan.task]
     if not any(run.outputs for run in plan.passes):
         unused += [model.output_heads, *model.adapter.readout()]
@@ -163,8 +165,8 @@ def _run_pass(
     if run.conditioned is None:
         modulation = _without_condition(model, view)
     else:
-        given, conditioned = _of_subset(embedding, run.subset), _of_subset(run.conditioned, run.subset)
-        modulation = modules.condition.bind(given, conditioned, view.batch)
+        given = _of_subset(embedding if run.given is None else run.given, run.subset)
+        modulation = modules.condition.bind(given, _of_subset(run.conditioned, run.subset), view.batch)
     out: dict[str, Any] = {}
     with (
         model.adapter.in_pass(modulation, heads),

@@ -11,6 +11,9 @@ from torch import Tensor
 NOISE = "denoising_noise"
 """Key of the predicted noise, [N, 3] in units of the objective's `scale`, among the model's outputs."""
 
+EMBEDDING = "denoising_embedding"
+"""Key of the embeddings of structures, [B, C], among the outputs of a plan that returns them."""
+
 VALIDATION = -1
 """The step number of validation. No training step has it: validation has noise of its own, the same in every epoch."""
 
@@ -49,8 +52,9 @@ class Pass:
             has all atoms.
         encoding: arguments of the task's `encoding` module. Its result is added to the node embedding before the first
             block; None: nothing is added.
-        conditioned: [B] bool, the structures that are conditioned on an embedding: the one that the latest pass with
-            `embed` made of them. None: the pass has no condition.
+        conditioned: [B] bool, the structures that are conditioned on an embedding. None: the pass has no condition.
+        given: [B, C] the embedding that each of them is conditioned on; None: the one that the latest pass with `embed`
+            made of it.
         outputs: run the user's own heads.
         embed: make the embedding of each structure that later passes can be conditioned on.
         noise: run the noise head.
@@ -63,6 +67,7 @@ class Pass:
     subset: AtomSubset | None = None
     encoding: tuple[Tensor, ...] | None = None
     conditioned: Tensor | None = None
+    given: Tensor | None = None
     outputs: bool = True
     embed: bool = False
     noise: bool = False
@@ -76,10 +81,17 @@ class Pass:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one call of the model does in a denoising step: the passes of one task, in order."""
+    """What one call of the model does in a denoising step.
+
+    Attributes:
+        task: whose passes they are.
+        passes: in order.
+        returns_embedding: return what the latest pass with `embed` made, too.
+    """
 
     task: str
     passes: tuple[Pass, ...]
+    returns_embedding: bool = False
 
     def to(self, device: torch.device) -> Plan:
         """The same plan on another device."""

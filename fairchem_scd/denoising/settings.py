@@ -147,7 +147,7 @@ class DensSettings(_NoiseSettings):
 
 # SCD's settings that have a meaning only where the noisy pass is conditioned on an embedding.
 _OF_THE_EMBEDDING = ("std_reg", "condition_drop", "null_condition", "stop_gradient_condition", "gate_bound")
-_OF_THE_EMBEDDING += ("embed_tags",)
+_OF_THE_EMBEDDING += ("embed_tags", "judge_condition")
 # SCD's defaults in pre-training, and beside other losses.
 _CLEAN_STD = 0.005
 _ALONE, _BESIDE_LABELS = 1.0, 10.0
@@ -171,6 +171,7 @@ class ScdSettings(_NoiseSettings):
         "stop_gradient_condition": "the paper; true: ours",
         "recompute_clean_pass": "ours",
         "gate_bound": "ours",
+        "judge_condition": "ours",
         "embed_tags": "the paper, for pockets and ligands",
         "denoise_tags": "the paper, for pockets and ligands",
     }
@@ -220,6 +221,11 @@ class ScdSettings(_NoiseSettings):
         "step, for about a sixth more time; nothing else changes",
     )
     gate_bound: PositiveFraction = Field(1.0, description="a block's update is scaled within 1 ± this")
+    judge_condition: bool | None = Field(
+        None,
+        description="measure in validation what the embedding is worth (docs/metrics.md), for two passes more a "
+        "structure, beside labels four; `null`: in pre-training alone",
+    )
     embed_tags: Tags | None = Field(
         None,
         description="embed only the atoms with these tags, as a graph of their own, in structures with two or more of "

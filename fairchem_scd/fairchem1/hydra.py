@@ -17,7 +17,7 @@ from fairchem_scd.denoising import passes
 from fairchem_scd.denoising.conditions import ConditionHead, ForceEncoding, Modulation
 from fairchem_scd.denoising.edge_vector import EdgeVectorHead
 from fairchem_scd.denoising.plan import Pass, Plan
-from fairchem_scd.denoising.structures import structures_of
+from fairchem_scd.denoising.structures import Structures, structures_of
 from fairchem_scd.denoising.tasks import DenoisingTask, TaskModules, build_tasks
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.backbones import Adapter, adapter_for
@@ -93,7 +93,11 @@ class DenoisingHydra(HydraModel):
         Raises:
             ConfigError: the model has no condition head, or the data no tags where those choose the atoms to embed.
         """
-        return passes.embed(self, data, structures_of(data))
+        return passes.embed(self, data, self.structures_of(data))
+
+    def structures_of(self, data: Any) -> Structures:
+        """A batch as tasks see it, with the directions in which this model repeats its structures."""
+        return structures_of(data, repeated_directions(self.backbone, data))
 
     def features(self, data: Any) -> Tensor:
         """[N, C] final l = 0 features of the atoms of a batch, which `embed` makes its embedding of."""

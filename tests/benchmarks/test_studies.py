@@ -20,9 +20,10 @@ from fairchem.core.preprocessing import AtomsToGraphs
 
 from benchmarks import condition, learning, report, structures, tables
 from benchmarks.neighbors import KeptNeighbors
-from benchmarks.noise import mean_of_structures, participation_ratio, told_differences
+from benchmarks.noise import judged, mean_of_structures, noise_errors, told_differences
 from benchmarks.results import Results, key_of
 from benchmarks.trained import Length, Model, quieten
+from fairchem_scd.testing import stirred
 
 setup_imports()
 
@@ -144,12 +145,12 @@ def batch() -> Any:
     return data_list_collater(rows, otf_graph=True)
 
 
-def hydra(name: str, **denoising: Any) -> Any:
+def hydra(name: str, *, self_supervised: bool = False, **denoising: Any) -> Any:
     torch.manual_seed(0)
     block = Model(name, layers=2, channels=8, lmax=1, radius=4.5, neighbors=60).block()
     kind = registry.get_model_class("fairchem_scd.DenoisingHydra") if denoising else HydraModel
     if denoising:
-        block["denoising"] = denoising
+        block |= {"denoising": denoising, "self_supervised": self_supervised}
     del block["name"]
     return kind(**block).eval()
 
@@ -202,12 +203,32 @@ def test_means_of_structures(batch: Any) -> None:
     torch.testing.assert_close(mean_of_structures(values, batch.batch, len(batch.natoms)), expected)
 
 
-def test_participation_ratio_counts_dimensions() -> None:
-    line = torch.linspace(-1, 1, 9)[:, None] * torch.tensor([[1.0, 2.0, 3.0]])
-    cube = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
-    assert participation_ratio(line) == pytest.approx(1)
-    assert participation_ratio(cube) == pytest.approx(3)
-    assert participation_ratio(torch.ones(4, 3)) == 0
+@pytest.mark.parametrize("form", ["embedding", "difference"])
+def test_held_out_structures_are_judged_as_the_package_does_in_either_form(form: str, batch: Any) -> None:
+    model = hydra("painn", scd={"std": 0.1}, self_supervised=True)
+    if form == "difference":
+        told_differences(model)
+    stirred(model)
+    rows = batch.to_data_list()
+    trainer = SimpleNamespace(
+        _unwrapped_model=model,
+        tasks=model.tasks,
+        val_dataset=rows,
+        collater=lambda some: data_list_collater(some, otf_graph=True),
+    )
+    judge, errors = judged(trainer), noise_errors(trainer)
+    right, other, none = (condition.of_structures(judge, told) for told in ("right", "other", "none"))
+    torch.testing.assert_close(right, errors, rtol=1e-4, atol=0)
+    report = judge.report()
+    assert report.mse.right == pytest.approx(float(right.mean()))
+    assert all((a - b).abs().max() > 1e-3 for a, b in ((right, other), (right, none), (other, none)))
+    channels = 8
+    assert 1 < report.dimensions < channels
+    # Told its own means as "another's", a structure is told the right ones.
+    judge._others = {what: embedding for (what, _), embedding in judge._told.items()}
+    with torch.no_grad():
+        judge.second(batch)
+    torch.testing.assert_close(condition.of_structures(judge, "other"), right, rtol=1e-4, atol=0)
 
 
 # --- tables -------------------------------------------------------------------------------------------------------

@@ -26,10 +26,10 @@ from fairchem_scd.errors import ConfigError, DataError
 from fairchem_scd.fairchem1.data.split import load_split
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
 from fairchem_scd.fairchem1.legacy import hydra_key
-from fairchem_scd.testing import collate, make_trainer
+from fairchem_scd.testing import collate, make_trainer, stirred
 from tests.support.command_line import fairchem_scd
-from tests.support.configs import host_config, tiny_config
-from tests.support.models import fixed_edge_frames, hydra_arguments, plain_and_denoising
+from tests.support.configs import host_config, pretraining, tiny_config
+from tests.support.models import edge_frames_without_chance, fixed_edge_frames, hydra_arguments, plain_and_denoising
 
 NAMES = ["equiformer_v2", "escn"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -72,6 +72,46 @@ def files(data, tmp_path_factory):
 
 def embed_command(*arguments):
     return fairchem_scd("embed", *arguments, code=None)
+
+
+# --- what the condition is worth --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_the_judge_finds_what_validation_found(supervised, data, files, tmp_path):
+    config = tiny_config(data) if supervised else pretraining(data)
+    config["task"] = {"denoising": {"scd": {"judge_condition": True, "condition": ["self", "forces"]}}}
+    with edge_frames_without_chance():
+        trainer = make_trainer(config, tmp_path)
+        trainer.ema = None
+        stirred(trainer._unwrapped_model)
+        metrics = trainer.validate(disable_tqdm=True)
+        path = trainer.save(checkpoint_file="checkpoint.pt", training_state=True)
+        result = embed_command(path, files["config"], tmp_path / "e.npz", "--judge", "--batch-size", 3)
+    assert result.exit_code == 0, result.output
+    report = trainer.condition_report
+    assert report.sentence(supervised=supervised) in result.output
+    assert f"Noise error of {report.structures} structures" in result.output
+    judged = json.loads(str(np.load(tmp_path / "e.npz")["about"]))["judged"]
+    assert judged.pop("structures") == 4
+    for name, value in judged.items():
+        assert value == pytest.approx(metrics[name]["metric"], rel=1e-4, abs=1e-6), name
+    assert judged["denoising_pos_mae"] != judged["denoising_pos_mae_other"] != judged["denoising_pos_mae_none"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("supervised", [], "makes no condition c: it was not trained with task.denoising.scd"),
+        ("pretrained", ["--limit", 1], "no two different structures"),
+    ],
+)
+def test_what_cannot_be_judged_ends_in_one_message_before_anything_is_written(name, options, message, files, tmp_path):
+    result = embed_command(files[name], files["config"], tmp_path / "e.npz", "--judge", *options)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert result.output.count("Error: ") == 1
+    assert not (tmp_path / "e.npz").exists()
 
 
 # --- what is embedded -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -42,7 +43,19 @@ PRETRAINING = {
     "val/denoising_pos_loss": 0.9,
     "val/denoising_pos_mae": 0.029,
 }
+JUDGED = {
+    **PRETRAINING,
+    "val/denoising_pos_mae_other": 0.05,
+    "val/denoising_pos_mae_none": 0.04,
+    "val/denoising_pos_mae_zero": 0.06,
+    "val/denoising_condition_gain": 0.3,
+    "val/denoising_condition_gain_error": 0.02,
+    "val/denoising_condition_gain_over_none": 0.1,
+    "val/denoising_condition_gain_over_none_error": 0.03,
+    "val/denoising_condition_dimensions": 5.0,
+}
 LOSS, FORCES, ENERGY, NOISE = "loss", "force error (eV/Å)", "energy error (eV)", "denoising error (Å)"
+GAIN = "condition's gain (%)"
 
 
 def log(folder, tags, first=1, last=30, suffix=""):
@@ -113,6 +126,31 @@ def test_lines_hold_the_values_that_were_logged_at_their_steps(tmp_path):
     for panel, lines in expected.items():
         for label, tag in lines.items():
             assert is_curve(panels[panel][label], written[tag]), tag
+
+
+def test_a_judged_condition_is_drawn_beside_another_structures_none_and_predicting_nothing(tmp_path):
+    written = log(tmp_path, JUDGED)
+    figure = training_run.draw(logged(tmp_path))
+    panels = drawn(figure)
+    assert list(panels) == [LOSS, NOISE, GAIN]
+    expected = {
+        "training": "train/denoising_pos_mae",
+        "validation": "val/denoising_pos_mae",
+        "told another's": "val/denoising_pos_mae_other",
+        "told none": "val/denoising_pos_mae_none",
+        "predicting nothing": "val/denoising_pos_mae_zero",
+    }
+    assert list(panels[NOISE]) == list(expected)
+    for label, tag in expected.items():
+        assert is_curve(panels[NOISE][label], written[tag]), tag
+    axes = figure.axes[2]
+    bars = [bar for bar in axes.collections if isinstance(bar, LineCollection)]
+    for label, tag, bar in zip(("over another's", "over none"), ("gain", "gain_over_none"), bars, strict=True):
+        value, error = (written[f"val/denoising_condition_{tag}{end}"] for end in ("", "_error"))
+        assert is_curve(panels[GAIN][label], Curve(value.steps, 100 * value.values)), tag
+        ends = np.array([segment[:, 1] for segment in bar.get_segments()])
+        assert np.allclose(ends, 100 * np.stack([value.values - error.values, value.values + error.values], axis=1))
+    assert any(np.array_equal(line.get_ydata(), [0, 0]) for line in axes.get_lines())
 
 
 def test_pretraining_has_no_panel_for_forces_and_energy_and_one_line_for_its_only_loss(tmp_path):

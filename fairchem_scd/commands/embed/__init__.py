@@ -50,6 +50,11 @@ if TYPE_CHECKING:
 )
 @click.option("--device", help="Where to run: cpu, cuda or cuda:1.  [default: a GPU, if there is one]")
 @click.option("--cpu", "device", flag_value="cpu", help="The same as --device cpu.")
+@click.option(
+    "--judge",
+    is_flag=True,
+    help="Say what SCD's condition is worth on these structures, as validation does.",
+)
 @click.option("--plot", type=click.Path(), help="Draw a map of the embeddings too: a .png, .pdf or .svg.")
 @click.option(
     "--color",
@@ -65,7 +70,7 @@ if TYPE_CHECKING:
     help="How the map is made; umap: pip install 'fairchem-scd[umap]'.",
 )
 @click.option("--force", is_flag=True, help="Overwrite OUT, and the map.")
-def command(checkpoint: str, config: str, out: str, plot: str | None, force: bool, **options: Any) -> None:
+def command(checkpoint: str, config: str, out: str, plot: str | None, judge: bool, force: bool, **options: Any) -> None:
     """Write to OUT embeddings of the structures that CONFIG names, made by the model in CHECKPOINT.
 
     CHECKPOINT is of this package, pre-trained or trained with energy and forces, or of fairchem itself, on any backbone
@@ -88,6 +93,10 @@ def command(checkpoint: str, config: str, out: str, plot: str | None, force: boo
 
     A .parquet has a row for each structure, and in it lists of what belongs to its atoms.
 
+    With --judge the noise of each structure is predicted three times: told the embedding of the structure itself, that
+    of another one, and none. The answer is printed, and its numbers stand in OUT, in `about`, under "judged". They are
+    described in docs/metrics.md. It takes about five times as long.
+
     \b
     Example:
       fairchem-scd embed checkpoints/RUN/best_checkpoint.pt configs/quickstart.yml val.npz --plot val.png
@@ -95,10 +104,12 @@ def command(checkpoint: str, config: str, out: str, plot: str | None, force: boo
     """
     color, method = options.pop("color"), options.pop("method")
     _check_outputs(out, plot, color, method, force)
-    embeddings = _embed(checkpoint, config, drawn=plot is not None, **options)
+    embeddings, report = _embed(checkpoint, config, drawn=plot is not None, judged=judge, **options)
     embeddings.save(out, force=force)
     shapes = (f"{name} {list(array.shape)}" for name, array in embeddings.arrays().items())
     click.echo(f"{out}: {', '.join(shapes)}")
+    if report:
+        click.echo(report)
     if plot is not None:
         from fairchem_scd.commands import pictures
         from fairchem_scd.commands.embed import embedding_map
@@ -128,12 +139,13 @@ def _embed(
     config: str,
     *,
     drawn: bool,
+    judged: bool,
     split: str,
     limit: int | None,
     batch_size: int | None,
     **options: Any,
-) -> Embeddings:
-    """Read checkpoint, config and data, and embed; `options` are those of `embed`."""
+) -> tuple[Embeddings, str]:
+    """Read checkpoint, config and data, and embed; `options` are those of `embed`. With what the judge says, or ""."""
     click.echo(f"Loading {checkpoint}", err=True)
     import fairchem_scd.fairchem1.plugin  # noqa: F401  (registers everything with the host)
     from fairchem_scd.commands.config_file import read_config
@@ -153,12 +165,18 @@ def _embed(
             raise ConfigError(f"--plot: a map needs {LEAST} structures at least (got {size})")
     click.echo(f"Embedding {size} structures of dataset.{split}", err=True)
     optim = settings.get("optim") or {}
-    return embed(
-        source,
-        dataset,
-        batch_size=batch_size or optim.get("eval_batch_size") or optim.get("batch_size") or 16,
-        limit=limit,
-        progress=True,
-        about={"checkpoint": checkpoint, "config": config, "split": split},
-        **options,
-    )
+    sizes = {
+        "batch_size": batch_size or optim.get("eval_batch_size") or optim.get("batch_size") or 16,
+        "limit": limit,
+        "progress": True,
+    }
+    about: dict[str, Any] = {"checkpoint": checkpoint, "config": config, "split": split}
+    said = ""
+    if judged:
+        from fairchem_scd.commands.embed.judgement import judge
+
+        where = {key: options[key] for key in ("weights", "device")}
+        report, supervised = judge(source, dataset, **sizes, **where)
+        about["judged"] = {"structures": report.structures, **report.metrics()}
+        said = f"{report.sentence(supervised=supervised)}\n{report.numbers()}"
+    return embed(source, dataset, about=about, **sizes, **options), said

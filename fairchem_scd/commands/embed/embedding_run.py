@@ -16,7 +16,8 @@ from fairchem_scd.fairchem1.backbones import Adapter, adapter_for
 from fairchem_scd.fairchem1.data.rows import check_batch, check_elements, name_of, neighbours_needed
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
 
-_INPUT = ("pos", "cell", "pbc", "natoms", "atomic_numbers", "tags", "fixed")
+INPUT = ("pos", "cell", "pbc", "natoms", "atomic_numbers", "tags", "fixed")
+"""What models read of a row."""
 
 
 class EmbeddingRun:
@@ -78,7 +79,7 @@ class EmbeddingRun:
 
 def _collated(rows: Sequence[Any]) -> Any:
     """The model's input of some rows, as the host's loader makes it."""
-    keys = [key for key in _INPUT if all(key in row and row[key] is not None for row in rows)]
+    keys = [key for key in INPUT if all(key in row and row[key] is not None for row in rows)]
     inputs = [Data(**{key: row[key] for key in keys}) for row in rows]
     for data in inputs:
         if "fixed" not in data:  # embeddings do not depend on it

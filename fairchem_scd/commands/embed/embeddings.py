@@ -72,11 +72,11 @@ def embed(
     size = len(dataset) if limit is None else min(limit, len(dataset))
     if size == 0:
         raise ConfigError("there are no structures to embed")
-    embedding_run = EmbeddingRun(model, _device(device), condition=conditioned, of_subset=of_subset)
+    embedding_run = EmbeddingRun(model, device_of(device), condition=conditioned, of_subset=of_subset)
 
     records: list[dict[str, Any]] = []
     with tqdm(total=size, desc="embedding", unit=" structures", disable=not progress) as bar:
-        for rows in _batches(dataset, size, 1 if of_subset else batch_size):
+        for rows in batches_of(dataset, size, 1 if of_subset else batch_size):
             for row, scalars, c in embedding_run(rows):
                 made = {} if c is None else {"condition": c.numpy()}
                 if kind != "condition":
@@ -123,7 +123,8 @@ def _condition(model: DenoisingHydra, kind: Kind) -> tuple[bool, bool]:
     return conditioned, conditioned and task.embeds_subset
 
 
-def _device(name: str | torch.device | None) -> torch.device:
+def device_of(name: str | torch.device | None) -> torch.device:
+    """The device of that name; None: the first GPU if there is one. Raises ConfigError where it cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
@@ -132,7 +133,8 @@ def _device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def _batches(dataset: Any, size: int, batch_size: int) -> Iterator[list[Any]]:
+def batches_of(dataset: Any, size: int, batch_size: int) -> Iterator[list[Any]]:
+    """The first `size` rows of a host dataset, so many at a time."""
     for start in range(0, size, batch_size):
         yield [read_row(dataset, i) for i in range(start, min(start + batch_size, size))]
 

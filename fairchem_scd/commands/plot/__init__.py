@@ -22,7 +22,8 @@ def command(run_dir: str, out: str, run: str | None, column: str, force: bool) -
 
     RUN_DIR is what fairchem was given as --run-dir (else the directory it ran in), or any folder with the log below it.
     Panels: the loss and its terms, the mean absolute errors of forces (eV/Å) and energy (eV), and of the denoised
-    positions (Å). What a run has not logged is left out. A resumed run is one curve.
+    positions (Å), and what SCD's condition gains (percent of the noise's mean square error). What a run has not logged
+    is left out. A resumed run is one curve.
 
     Training curves show what fairchem logs, the mean since it last printed. Where there are many points they are faint,
     and a running median is drawn over them. Validation has markers. "Denoising" marks errors and losses on structures

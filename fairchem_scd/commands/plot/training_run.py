@@ -1,9 +1,9 @@
-"""A picture of a training run: the terms of the loss, and errors of forces, energy and noise, by training step."""
+"""A picture of a training run: terms of the loss, errors of forces, energy and noise, and what the condition gains."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 
 import numpy as np
@@ -15,7 +15,7 @@ from fairchem_scd.commands import pictures
 from fairchem_scd.commands.plot.training_log import Curve
 from fairchem_scd.errors import ConfigError
 
-ENDINGS = ("_mae", "loss")
+ENDINGS = ("_mae", "loss", "_mae_other", "_mae_none", "_mae_zero", "condition_gain", "_over_none", "_error")
 """Endings of the tags that a picture shows."""
 
 _DENSE = 120
@@ -30,23 +30,48 @@ _HEIGHT = 2.1
 
 @dataclass(frozen=True)
 class _Line:
+    """How a curve is drawn.
+
+    Attributes:
+        error: tag of its standard error; "": it has none.
+        marker: of a curve of validation; "": it is a yardstick, drawn without.
+        unit: the curve's values are multiplied by it.
+    """
+
     tag: str
     label: str
     color: str
     dashes: str = "-"
+    error: str = ""
+    marker: str = "o"
+    unit: float = 1.0
 
 
 @dataclass(frozen=True)
 class _Panel:
+    """Curves in one pair of axes.
+
+    Attributes:
+        log: logarithmic, where the values differ much.
+        least: show at least this range, with a line at zero. Else differences that mean nothing would look large.
+    """
+
     label: str
     lines: tuple[_Line, ...]
     log: bool = False
+    least: tuple[float, float] | None = None
 
 
 # Each quantity has a colour. Dashed lines are of corrupted structures. Lines with markers are of validation.
 _BLACK = "#000000"
 _ENERGY, _FORCES, _NOISE = pictures.COLORS[0], pictures.COLORS[1], pictures.COLORS[3]
+_OTHER, _NONE, _GREY = pictures.COLORS[1], pictures.COLORS[0], "#777777"
 _SPARE = (pictures.COLORS[5], pictures.COLORS[2], pictures.COLORS[4], pictures.COLORS[6])
+
+
+def _gain(name: str, label: str, color: str, marker: str) -> _Line:
+    return _Line(f"val/{name}", label, color, error=f"val/{name}_error", marker=marker, unit=100)
+
 
 _LOSSES = (
     _Line("train/energy_loss", "energy", _ENERGY),
@@ -77,7 +102,18 @@ _ERRORS = (
         (
             _Line("train/denoising_pos_mae", "training", _NOISE),
             _Line("val/denoising_pos_mae", "validation", _BLACK),
+            _Line("val/denoising_pos_mae_other", "told another's", _OTHER, "--", marker="s"),
+            _Line("val/denoising_pos_mae_none", "told none", _NONE, "-.", marker="^"),
+            _Line("val/denoising_pos_mae_zero", "predicting nothing", _GREY, ":", marker=""),
         ),
+    ),
+    _Panel(
+        "condition's gain (%)",
+        (
+            _gain("denoising_condition_gain", "over another's", _OTHER, "s"),
+            _gain("denoising_condition_gain_over_none", "over none", _NONE, "^"),
+        ),
+        least=(-1, 5),
     ),
 )
 
@@ -89,14 +125,15 @@ def draw(curves: Mapping[str, Curve], *, width: float = pictures.DOUBLE) -> Figu
     term. Where a curve has many points it is faint, and its running median is drawn over it. Validation has markers.
 
     Args:
-        curves: by tag, such as `train/forces_mae` (eV/Å), `train/energy_mae` (eV), `train/denoising_pos_mae` (Å).
+        curves: by tag, such as `train/forces_mae` (eV/Å), `train/energy_mae` (eV), `train/denoising_pos_mae` (Å),
+            `val/denoising_condition_gain` (1).
         width: of the figure, inches. A figure as wide as two columns has panels side by side.
 
     Raises:
         ConfigError: none of the curves is one that is drawn.
     """
     panels = [
-        _Panel(panel.label, lines, panel.log)
+        replace(panel, lines=lines)
         for panel in (_losses(curves), *_ERRORS)
         if (lines := tuple(line for line in panel.lines if line.tag in curves))
     ]
@@ -159,10 +196,13 @@ def _draw_panel(ax: Axes, panel: _Panel, curves: Mapping[str, Curve]) -> None:
     for line in panel.lines:
         curve = curves[line.tag]
         if line.tag.startswith("val/"):
-            marked = {"marker": "o", "markersize": 3, "markevery": max(1, len(curve.steps) // 25)}
-            ax.plot(curve.steps, curve.values, color=line.color, label=line.label, zorder=4, linewidth=0.9, **marked)
+            _draw_validation(ax, curve, line, curves.get(line.error))
         else:
             _draw_training(ax, curve, line)
+    if panel.least:
+        ax.axhline(0, color=_GREY, linestyle=":", linewidth=0.9)
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, panel.least[0]), max(high, panel.least[1]))
     values = np.concatenate([curves[line.tag].values for line in panel.lines])
     values = values[np.isfinite(values) & (values > 0)]
     span = values.max() / values.min() if len(values) else 1
@@ -185,6 +225,18 @@ def _draw_panel(ax: Axes, panel: _Panel, curves: Mapping[str, Curve]) -> None:
         handlelength=1.8,
         labelspacing=0.3,
     )
+
+
+def _draw_validation(ax: Axes, curve: Curve, line: _Line, error: Curve | None) -> None:
+    """A curve with markers; where it has a standard error, with bars at the markers."""
+    values, every = line.unit * curve.values, max(1, len(curve.steps) // 25)
+    shown = {"color": line.color, "linestyle": line.dashes, "linewidth": 0.9}
+    marked = {"marker": line.marker, "markersize": 3, "markevery": every} if line.marker else {}
+    ax.plot(curve.steps, values, label=line.label, zorder=4 if line.marker else 3, **shown, **marked)
+    if error is not None and np.array_equal(error.steps, curve.steps):
+        at = slice(None, None, every)
+        bars = {"yerr": line.unit * error.values[at], "ecolor": line.color, "elinewidth": 0.6, "capsize": 1.5}
+        ax.errorbar(curve.steps[at], values[at], linestyle="none", zorder=3, **bars)
 
 
 def _draw_training(ax: Axes, curve: Curve, line: _Line) -> None:

@@ -128,6 +128,11 @@ class DenoisingTask(ABC):
         """Whether `embedding_pass` has some of the atoms only."""
         return False
 
+    @property
+    def judges_condition(self) -> bool:
+        """Whether validation measures what the embedding of a structure tells the noisy pass: see `ConditionJudge`."""
+        return False
+
     def check(self, outputs: Collection[str], trained: Collection[str]) -> None:  # noqa: B027 (optional)
         """Check the config against what the task trains.
 

@@ -51,6 +51,11 @@ class Scd(DenoisingTask):
     def embeds_subset(self) -> bool:
         return self.settings.embed_tags is not None
 
+    @property
+    def judges_condition(self) -> bool:
+        asked = self.settings.judge_condition
+        return self._embeds and (not self.supervised if asked is None else asked)
+
     def check(self, outputs: Collection[str], trained: Collection[str]) -> None:
         if self.supervised and self.settings.embed_tags is None and self.settings.std_reg:
             raise ConfigError(

@@ -215,13 +215,14 @@ def _trained_rows(step: DenoisingStep, target: str, outputs: Outputs) -> Tensor:
 
 
 def errors(
-    step: DenoisingStep, out: Mapping[str, Tensor], batch: Any, outputs: Outputs
+    step: DenoisingStep, out: Mapping[str, Tensor], batch: Any, outputs: Outputs, *, of_zero: bool = False
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What to compare, under the names of the errors: (name, prediction, target), in the data's units.
 
     Args:
         out: denormalised predictions, by output.
         batch: with the labels, on the model's device.
+        of_zero: also what predicting no noise would give.
     """
     for name, prediction in () if step.objective.clean else out.items():
         hybrid = name == "forces" and step.noise_for_forces
@@ -231,7 +232,10 @@ def errors(
         yield f"denoising_{_label(name)}_mae", prediction[rows], batch[name].view(len(prediction), -1)[rows]
     rows = step.corruption.mask.nonzero()[:, 0]
     noise = loss.noise_in_angstrom(step.noise_of(rows), step.objective.scale)
-    yield "denoising_pos_mae", noise, step.corruption.noise[rows].to(noise.device)
+    target = step.corruption.noise[rows].to(noise.device)
+    yield "denoising_pos_mae", noise, target
+    if of_zero:
+        yield "denoising_pos_mae_zero", torch.zeros_like(target), target
 
 
 def _judged_rows(step: DenoisingStep, name: str, outputs: Outputs, count: int, *, uncorrupted_only: bool) -> Tensor:

@@ -16,14 +16,13 @@ from torch import Tensor
 import fairchem_scd.fairchem1.trainer.losses as losses
 from fairchem_scd.denoising.loss import Ranks
 from fairchem_scd.denoising.parse_settings import Denoising
-from fairchem_scd.denoising.plan import NOISE, VALIDATION, Plan
+from fairchem_scd.denoising.plan import EMBEDDING, NOISE, VALIDATION, Plan
 from fairchem_scd.denoising.running_scale import RunningScale
-from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.denoising.tasks import DenoisingTask, TaskDraw
 from fairchem_scd.fairchem1.backbones import adapter_for
 from fairchem_scd.fairchem1.config import outputs_of_heads_named
 from fairchem_scd.fairchem1.data import rows as data_rows
-from fairchem_scd.fairchem1.hydra import repeated_directions, view_of, with_plan
+from fairchem_scd.fairchem1.hydra import view_of, with_plan
 from fairchem_scd.fairchem1.trainer.data_faults import DataFaults
 from fairchem_scd.fairchem1.trainer.losses import loss_functions_replaced
 from fairchem_scd.fairchem1.trainer.step_state import DenoisingStep, StepState
@@ -45,7 +44,8 @@ class StepMixin:
 
     Once after the last batch of `validate` comes `_aggregate_metrics(metrics)`.
 
-    Prediction never corrupts. Validation does in pre-training alone, where there is nothing else to judge by.
+    Prediction never corrupts. Validation does in pre-training alone, where there is nothing else to judge by; what
+    `judging` adds comes after its last batch.
 
     Attributes:
         structures_left_out: how many structures of denoising steps had nothing to denoise, on this rank.
@@ -76,7 +76,7 @@ class StepMixin:
         ):
             out = super()._forward(batch)
         if isinstance(step, DenoisingStep):
-            step.noise = returned[NOISE].float()
+            step.noise, step.embedding = returned[NOISE].float(), returned.get(EMBEDDING)
         if not self.model.training and not self._validating:
             self._step = None  # of a prediction nothing follows
         return out
@@ -91,13 +91,17 @@ class StepMixin:
             task = self.draw_task(self.step)
             return StepState() if task is None else self._corrupt(batch, task, self.draw_task.seed, self.step)
         if self.self_supervised:
-            judge = next(task for task in self.tasks.values() if task.settings.prob)
-            return self._corrupt(batch, judge, 0, VALIDATION)
+            return self._corrupt(batch, self._validated_task, 0, VALIDATION)
         return StepState()
+
+    @property
+    def _validated_task(self) -> DenoisingTask:
+        """The task whose noise validation corrupts with, in pre-training."""
+        return next(task for task in self.tasks.values() if task.settings.prob)
 
     def _corrupt(self, batch: Any, task: DenoisingTask, seed: int, number: int) -> DenoisingStep:
         """Corrupt the batch for a task, all on the CPU, before anything is moved to the device."""
-        structures = structures_of(batch, repeated_directions(self._unwrapped_model.backbone, batch))
+        structures = self._unwrapped_model.structures_of(batch)
         corruption = task.corrupt(structures, seed=seed, step=number)
         passes = task.passes(structures, corruption, seed=seed, step=number)
         progress = self.step / max(self.config["optim"].get("max_epochs", 1) * len(self.train_loader or ()), 1)
@@ -112,7 +116,7 @@ class StepMixin:
         return DenoisingStep(
             task=task,
             corruption=corruption,
-            plan=Plan(task.name, passes).to(self.device),
+            plan=Plan(task.name, passes, returns_embedding=number == VALIDATION).to(self.device),
             objective=objective,
             fixed=structures.fixed,
             scale_before=scale_before,
@@ -169,7 +173,8 @@ class StepMixin:
         self, step: DenoisingStep, out: dict[str, Tensor], batch: Any, evaluator: Any, metrics: dict[str, Any]
     ) -> dict[str, Any]:
         denormalised = {name: self._denorm_preds(name, value.detach(), batch) for name, value in out.items()}
-        for name, prediction, target in losses.errors(step, denormalised, batch, self.output_targets):
+        found = losses.errors(step, denormalised, batch, self.output_targets, of_zero=not self.model.training)
+        for name, prediction, target in found:
             if not self.model.training:
                 # In validation the host sums each metric over ranks, so all need the same names.
                 metrics.setdefault(name, {"metric": 0.0, "total": 0, "numel": 0})

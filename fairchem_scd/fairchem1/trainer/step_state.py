@@ -47,6 +47,7 @@ class DenoisingStep(StepState):
         fixed: [N] bool, on the CPU.
         scale_before: state of the task's running scale before this step's noise was added; None: it has none.
         noise: [N, 3] predicted, in units of the objective's scale, on the model's device; set by the forward.
+        embedding: [B, C] of the structures, in validation, where a pass makes it; set by the forward.
     """
 
     task: DenoisingTask
@@ -56,6 +57,7 @@ class DenoisingStep(StepState):
     fixed: Tensor
     scale_before: dict[str, Tensor] | None = None
     noise: Tensor | None = None
+    embedding: Tensor | None = None
 
     @property
     def noise_for_forces(self) -> bool:

@@ -1,7 +1,8 @@
 """The trainers that a config names: the host's, with denoising steps.
 
 The loop, the loaders, the optimiser and everything distributed are the host's. What this package adds stands in
-`setup` (before the first step), `step` (one step), `data_faults` (bad rows) and `resume` (stopping and going on).
+`setup` (before the first step), `step` (one step), `judging` (what SCD's condition is worth, in validation),
+`data_faults` (bad rows) and `resume` (stopping and going on).
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from fairchem.core.models.esen.trainers.trainer import MLIPTrainer
 from fairchem.core.trainers import OCPTrainer
 
 from fairchem_scd.fairchem1.checkpoint import what_next
+from fairchem_scd.fairchem1.trainer.judging import JudgingMixin
 from fairchem_scd.fairchem1.trainer.resume import ResumableMixin
 from fairchem_scd.fairchem1.trainer.setup import SetupMixin
 from fairchem_scd.fairchem1.trainer.step import StepMixin
 
 
-class DenoisingMixin(StepMixin, SetupMixin, ResumableMixin):
+class DenoisingMixin(JudgingMixin, StepMixin, SetupMixin, ResumableMixin):
     """Denoising on top of a host trainer. Put before the trainer among the bases.
 
     Raises:
@@ -34,6 +36,9 @@ class DenoisingMixin(StepMixin, SetupMixin, ResumableMixin):
         if left_out:
             logging.warning("%d structures had nothing to denoise and were left out of the denoising loss", left_out)
         self.data_faults.report(self.device)
+        if self.condition_report is not None and distutils.is_master():
+            report = self.condition_report
+            logging.info("%s\n%s", report.sentence(supervised=not self.self_supervised), report.numbers())
         if distutils.is_master() and not self.is_debug:
             logging.info(what_next(self.config["cmd"]["checkpoint_dir"], self.output_targets))
 
