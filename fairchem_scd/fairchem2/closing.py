@@ -1,0 +1,54 @@
+"""What a run says at its end: where its files lie, and what to do with them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fairchem.core.common import distutils
+from torchtnt.framework.callback import Callback
+
+if TYPE_CHECKING:
+    from torchtnt.framework.state import State
+
+
+class ClosingReport(Callback):
+    """Logs at the end of training where its files lie. It comes after the host's TrainCheckpointCallback in a config:
+
+    runner:
+      callbacks:
+        - _target_: fairchem.core.components.callbacks.TrainCheckpointCallback
+          ...
+        - _target_: fairchem_scd.fairchem2.closing.ClosingReport
+    """
+
+    def __init__(self) -> None:
+        self._checkpoints: Path | None = None
+
+    def set_runner_callbacks(self, save: Callable, load: Callable, checkpoint_dir: str) -> None:
+        """Called by the host before training."""
+        self._checkpoints = Path(checkpoint_dir)
+
+    def on_train_end(self, state: State, unit: Any) -> None:
+        if self._checkpoints is not None and distutils.is_master():
+            logging.info("\n".join(closing_lines(self._checkpoints / "final", pretraining=not unit.tasks)))
+
+
+def closing_lines(checkpoint: Path, *, pretraining: bool) -> list[str]:
+    """The lines about a checkpoint that a run left.
+
+    Args:
+        checkpoint: the host's folder of it.
+        pretraining: the run trained neither energy nor forces.
+    """
+    plain, resume = checkpoint / "inference_ckpt.pt", checkpoint / "resume.yaml"
+    if not plain.exists() and not resume.exists():
+        return ["The run is over. It left no checkpoint: runner.callbacks has no TrainCheckpointCallback"]
+    lines = ["The run is over. It left:"]
+    if plain.exists():
+        use = "fine-tune it with initialize_finetuning_model" if pretraining else "use it with FAIRChemCalculator"
+        lines += [f"  {plain}", f"      plain fairchem weights, without anything of the denoising: {use}"]
+    lines += [f"  {checkpoint}", "      everything, for going on with the run or for `fairchem-scd embed`"]
+    return lines
