@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError, create_model
 
+from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.settings import CellRepeatSettings, DenoisingBlock, DropPathSettings, Settings
 from fairchem_scd.errors import ConfigError
 
@@ -56,7 +57,7 @@ def _fill_probabilities(settings: dict[str, Settings]) -> dict[str, Settings]:
     """Give every task without a `prob` an equal part of what the others leave."""
     taken = {name: s.prob for name, s in settings.items() if s.prob is not None}
     if sum(taken.values()) > 1 + _ROUNDING:
-        shares = ", ".join(f"task.denoising.{name}.prob = {prob:g}" for name, prob in taken.items())
+        shares = ", ".join(f"{key_of(name, 'prob')} = {prob:g}" for name, prob in taken.items())
         raise ConfigError(f"{shares}: a step has at most one task, so the probabilities must sum to at most 1")
     rest = max(0.0, 1 - sum(taken.values())) / max(1, len(settings) - len(taken))
     return {name: s if s.prob is not None else s.model_copy(update={"prob": rest}) for name, s in settings.items()}
@@ -66,7 +67,7 @@ def _explain(error: ValidationError, models: dict[str, type[BaseModel]]) -> str:
     lines = []
     for issue in error.errors():
         path = [str(part) for part in issue["loc"]]
-        key = ".".join(["task.denoising", *path])
+        key = key_of(*path)
         if issue["type"] == "extra_forbidden":
             owner = models.get(path[0], models[""]) if len(path) > 1 else models[""]
             known = list(owner.model_fields)

@@ -1,1 +1,1 @@
-"""All that knows fairchem-core 2.x: its unit, models, data and checkpoints."""
+"""Denoising in fairchem-core 2.x: all that knows that host."""
