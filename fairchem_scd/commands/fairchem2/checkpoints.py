@@ -102,22 +102,22 @@ def _training(folder: Path) -> Stored:
 
 
 def build(stored: Stored, weights: Weights | None = None) -> nn.Module:
-    """The model of a checkpoint, in eval mode and without gradients; a DenoisingHydra where tasks added something.
+    """The model of a checkpoint as a DenoisingHydra, in eval mode and without gradients.
 
     Args:
         stored: from `read`.
         weights: "ema", "raw", or None: the average where there is one.
 
     Raises:
-        ConfigError: the average is asked for and there is none, or the weights are not those of the config.
+        ConfigError: the backbone has no adapter, the average is asked for and there is none, or the weights are not
+            those of the config.
     """
     if weights == "ema" and stored.average is None:
         raise ConfigError("--weights ema: the checkpoint has no moving average; its run had ema_decay: null")
     values = stored.weights if weights == "raw" or stored.average is None else stored.average
     model = hydra.utils.instantiate(stored.model)
     tasks, _ = build_tasks(stored.denoising, stored.supervised)
-    if tasks:
-        convert(model, tasks)
+    convert(model, tasks)
     try:
         model.load_state_dict(values)
     except RuntimeError as error:

@@ -21,8 +21,8 @@ from fairchem_scd.commands.fairchem2.config_file import read_config
 from fairchem_scd.denoising.passes import atom_features, embedding_task
 from fairchem_scd.denoising.passes import embed as condition_of
 from fairchem_scd.errors import ConfigError, DataError, first_line
-from fairchem_scd.fairchem2.backbones import adapter_for
 from fairchem_scd.fairchem2.batch import structures_of
+from fairchem_scd.fairchem2.model import DenoisingHydra
 
 Kind = Literal["auto", "features", "condition", "both"]
 Pool = Literal["mean", "sum"]
@@ -30,7 +30,7 @@ Pool = Literal["mean", "sum"]
 LOADERS = {"train": "train_dataloader", "val": "eval_dataloader"}
 """Where the data of a split stands below `runner` in a config."""
 
-_LABELS = ("energy", "forces", "stress", "energy_relaxed")
+LABELS = ("energy", "forces", "stress", "energy_relaxed")
 
 
 def load_split(config: str | Path | DictConfig, split: str) -> Any:
@@ -107,7 +107,6 @@ def embed(
         raise ConfigError("c belongs to a structure, not to its atoms: per-atom needs the features or both")
     stored = checkpoint if isinstance(checkpoint, checkpoints.Stored) else checkpoints.read(checkpoint)
     model = checkpoints.build(stored, weights)
-    adapter = adapter_for(model.backbone)
     conditioned = _conditioned(model, kind, stored)
     model.output_heads = nn.ModuleDict()
     model.to(_device(device))
@@ -118,7 +117,7 @@ def embed(
     records: list[dict[str, Any]] = []
     with tqdm(total=size, desc="embedding", unit=" structures", disable=not progress) as bar:
         for rows in _batches(dataset, size, batch_size):
-            for row, scalars, c in _embedded(model, adapter, rows, conditioned, len(records)):
+            for row, scalars, c in _embedded(model, rows, conditioned, len(records)):
                 made = {} if c is None else {"condition": c.numpy()}
                 if kind != "condition":
                     made["features"] = getattr(scalars, pool)(dim=0).numpy()
@@ -130,9 +129,9 @@ def embed(
     return Embeddings.of(records, {**(about or {}), "weights": used, "pool": pool})
 
 
-def _conditioned(model: nn.Module, kind: Kind, stored: checkpoints.Stored) -> bool:
+def _conditioned(model: DenoisingHydra, kind: Kind, stored: checkpoints.Stored) -> bool:
     """Whether to make c."""
-    has = bool(getattr(model, "denoising_tasks", None)) and embedding_task(model) is not None
+    has = embedding_task(model) is not None
     if kind in ("condition", "both") and not has:
         raise ConfigError(
             "the checkpoint makes no condition c: "
@@ -158,7 +157,7 @@ def _row(dataset: Any, index: int) -> AtomicData:
 
 
 def _embedded(
-    model: nn.Module, adapter: Any, rows: Sequence[AtomicData], conditioned: bool, first: int
+    model: DenoisingHydra, rows: Sequence[AtomicData], conditioned: bool, first: int
 ) -> Iterator[tuple[AtomicData, Tensor, Tensor | None]]:
     """Each row with the features [n, C] of its n atoms and its c [C] or None; float32, on the CPU."""
     device = next(model.parameters()).device
@@ -167,11 +166,11 @@ def _embedded(
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             if conditioned:
-                batch = _collated(rows).to(device)
-                structures = structures_of(batch, adapter.periodic(batch.pbc), ())
+                batch = collated(rows).to(device)
+                structures = structures_of(batch, model.adapter.periodic(batch.pbc), ())
                 condition = condition_of(model, batch, structures).float().cpu()
             # The backbone writes into its batch: each call gets its own.
-            scalars = atom_features(model, _collated(rows).to(device), adapter).detach().float().cpu()
+            scalars = atom_features(model, collated(rows).to(device), model.adapter).detach().float().cpu()
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(f"out of memory with {len(rows)} structures at a time; lower --batch-size") from error
     for i, (row, own) in enumerate(zip(rows, scalars.split([len(row.pos) for row in rows]), strict=True)):
@@ -180,9 +179,9 @@ def _embedded(
         yield row, own, None if condition is None else condition[i]
 
 
-def _collated(rows: Sequence[AtomicData]) -> AtomicData:
-    """The model's input of some rows, without labels and what only some of them have."""
-    common = set.intersection(*(set(row.keys()) for row in rows)) - set(_LABELS)
+def collated(rows: Sequence[AtomicData], without: Sequence[str] = LABELS) -> AtomicData:
+    """Some rows as a batch, without labels and without what only some of them have."""
+    common = set.intersection(*(set(row.keys()) for row in rows)) - set(without)
     inputs = []
     for row in rows:
         own = copy.deepcopy(row)
