@@ -44,11 +44,16 @@ def closing_lines(checkpoint: Path, *, pretraining: bool) -> list[str]:
         pretraining: the run trained neither energy nor forces.
     """
     plain, resume = checkpoint / "inference_ckpt.pt", checkpoint / "resume.yaml"
-    if not plain.exists() and not resume.exists():
-        return ["The run is over. It left no checkpoint: runner.callbacks has no TrainCheckpointCallback"]
-    lines = ["The run is over. It left:"]
+    if not resume.exists():
+        return ["Training is done. It left no checkpoint: runner.callbacks has no TrainCheckpointCallback"]
+    lines = ["Training is done."]
     if plain.exists():
-        use = "fine-tune it with initialize_finetuning_model" if pretraining else "use it with FAIRChemCalculator"
-        lines += [f"  {plain}", f"      plain fairchem weights, without anything of the denoising: {use}"]
-    lines += [f"  {checkpoint}", "      everything, for going on with the run or for `fairchem-scd embed`"]
-    return lines
+        lines.append(f"  plain fairchem weights: {plain}")
+    lines += [f"  all, to resume from:    {checkpoint}", "Next:"]
+    if plain.exists() and not pretraining:
+        lines.append(
+            f"  use it with ASE:        FAIRChemCalculator.from_model_checkpoint('{plain}', task_name=DATASET)"
+        )
+    if plain.exists():
+        lines.append(f"  fine-tune from it:      initialize_finetuning_model, with checkpoint_location: {plain}")
+    return [*lines, f"  embed structures:       fairchem-scd embed {checkpoint} CONFIG OUT.npz"]

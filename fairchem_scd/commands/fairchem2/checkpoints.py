@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from fairchem_scd.denoising.tasks import build_tasks
 from fairchem_scd.errors import ConfigError, first_line
 from fairchem_scd.fairchem2.model import convert
+from fairchem_scd.host import missing
 
 Weights = Literal["ema", "raw"]
 
@@ -65,9 +66,9 @@ def read(path: str | Path) -> Stored:
     except Exception as error:
         raise ConfigError(f"{path}: not a checkpoint of fairchem 2.x ({first_line(error)})") from error
     if not isinstance(stored, MLIPInferenceCheckpoint):
-        of_one = isinstance(stored, dict) and "state_dict" in stored
-        known = "one of fairchem 1.x, which this fairchem cannot load" if of_one else f"a {type(stored).__name__}"
-        raise ConfigError(f"{path}: not a checkpoint of fairchem 2.x: it holds {known}")
+        if isinstance(stored, dict) and "state_dict" in stored:
+            raise ConfigError(missing(f"{path}", 1))
+        raise ConfigError(f"{path}: not a checkpoint of fairchem 2.x: it holds a {type(stored).__name__}")
     load_inference_model(None, preloaded_checkpoint=stored)  # mends the configs of the first UMA models in place
     return Stored(
         model=_container(stored.model_config),

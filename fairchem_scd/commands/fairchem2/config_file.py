@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fairchem_scd.errors import ConfigError, first_line
+from fairchem_scd.host import missing
 
 UNIT = ("runner", "train_eval_unit")
 """Where the training unit stands in a config."""
@@ -39,7 +40,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: not a config: no keys at the top of the file")
     if "trainer" in content or "includes" in content:
-        raise ConfigError(f"{path}: a config of fairchem 1.x; one of fairchem 2.x has job and runner at the top")
+        raise ConfigError(missing(f"{path}", 1))
     GlobalHydra.instance().clear()  # an error in an earlier composition may have left it
     try:
         config = get_hydra_config_from_yaml(str(path), list(overrides))
