@@ -54,10 +54,8 @@ def add_task(config: str | Path, out: str | Path, task: str, settings: Mapping[s
     _check_place(yaml.safe_load(before), config, out)
     after = before
     try:
-        if unit["_target_"] != OURS:
-            after = set_value(after, (*UNIT, "_target_"), OURS, after=("hydra", "defaults"))
-        after = set_value(after, (*UNIT, "denoising", task), dict(settings), after=("hydra", "defaults"))
-    except (yaml.YAMLError, ValueError) as error:
+        after = _edited(after, task, settings)
+    except (yaml.YAMLError, ValueError, AttributeError) as error:
         reason = getattr(error, "problem", None) or error
         raise ConfigError(f"{config}: the task cannot be added to a file written like this ({reason})") from error
     expected = copy.deepcopy(whole)
@@ -69,6 +67,17 @@ def add_task(config: str | Path, out: str | Path, task: str, settings: Mapping[s
             f"the lines by hand: {'.'.join(UNIT)}._target_: {OURS}, and {_BLOCK}: {{{task}: {{}}}}"
         )
     return Added(before, after, *_check({**block, task: dict(settings)}, task, settings, bool(unit.get("tasks"))))
+
+
+def _edited(text: str, task: str, settings: Mapping[str, Any]) -> str:
+    """The text with both changes."""
+    own = (yaml.safe_load(text).get(UNIT[0]) or {}).get(UNIT[1])
+    if not own:  # another file has the unit
+        both = {"_target_": OURS, "denoising": {task: dict(settings)}}
+        return set_value(text, UNIT, both, after=("defaults", "hydra"))
+    if own.get("_target_") != OURS:
+        text = set_value(text, (*UNIT, "_target_"), OURS)
+    return set_value(text, (*UNIT, "denoising", task), dict(settings), below="_target_")
 
 
 def _check_place(content: Mapping[str, Any], config: Path, out: Path) -> None:
