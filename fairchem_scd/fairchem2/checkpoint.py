@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
 from fairchem.core.units.mlip_unit.mlip_unit import UNIT_INFERENCE_CHECKPOINT, UNIT_RESUME_CONFIG
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 _ADDED = re.compile(r"(?:^|\.)denoising\.")
@@ -54,6 +56,13 @@ def missing_keys(folder: str, wanted: Mapping[str, Any]) -> set[str]:
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     flat, _ = flatten_state_dict({"unit_state": dict(wanted)})
     return set(flat) - set(stored)
+
+
+def load_known(folder: str, state: dict[str, Any]) -> dict[str, Any]:
+    """A unit's state with all of it that a training checkpoint has, and the rest as it is."""
+    whole = {"unit_state": state}
+    dcp.load(whole, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
+    return whole["unit_state"]
 
 
 def only_added(keys: Collection[str]) -> bool:

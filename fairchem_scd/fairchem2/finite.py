@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,16 +28,21 @@ class FiniteGradients:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.skipped: list[int] = []
         self._number: int | None = None
+        self._then: Callable[[], None] | None = None
         self._patience = _PATIENCE
         optimizer.register_step_pre_hook(self._check)
 
     @contextmanager
-    def watched(self, number: int) -> Iterator[None]:
+    def watched(self, number: int, then: Callable[[], None]) -> Iterator[None]:
         """While entered, the update of step `number` is watched.
 
         No other is: the host makes updates without an effect to set up the optimiser's state.
+
+        Args:
+            number: of the step.
+            then: is called before the update, when the device has been waited for. The update is not made if it raises.
         """
-        self._number = number
+        self._number, self._then = number, then
         try:
             yield
         finally:
@@ -49,6 +54,7 @@ class FiniteGradients:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms = torch._foreach_norm([p.grad for p in parameters]) if parameters else ()
         finite = not norms or bool(torch.stack(norms).isfinite().all())
+        self._then()
         if finite:
             self._patience = _PATIENCE
             return
@@ -60,7 +66,7 @@ class FiniteGradients:
         if not self._patience:
             raise RuntimeError(
                 f"{_PATIENCE} steps in a row, up to step {self._number}, had gradients that are not finite: the run "
-                "has diverged; go on from an earlier checkpoint with a lower learning rate (optimizer_fn.lr) or a lower "
+                "has diverged; go on from an earlier checkpoint with a lower learning rate (optimizer_fn.lr) or "
                 "clip_grad_norm"
             )
 

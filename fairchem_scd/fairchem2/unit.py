@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 from fairchem.core.common import distutils
+from fairchem.core.common.distutils import get_device_for_local_rank
 from fairchem.core.datasets.atomic_data import AtomicData
 from fairchem.core.units.mlip_unit.mlip_unit import MLIPEvalUnit, MLIPTrainEvalUnit, Task
 from torch import nn
 from torchtnt.framework import State
 
+from fairchem_scd.denoising.config_keys import block_called
 from fairchem_scd.denoising.plan import VALIDATION, Plan
 from fairchem_scd.denoising.random import stream
 from fairchem_scd.denoising.tasks import DenoisingTask, TaskDraw
-from fairchem_scd.fairchem2 import checkpoint
+from fairchem_scd.fairchem2 import checkpoint, rows
 from fairchem_scd.fairchem2.batch import structures_of
+from fairchem_scd.fairchem2.data_faults import DataFaults
 from fairchem_scd.fairchem2.finite import FiniteGradients
 from fairchem_scd.fairchem2.loss import tasks_of
 from fairchem_scd.fairchem2.metrics import LoggerWith, Measured, prefixed
@@ -66,8 +69,45 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
             logging.warning("%s turns on no task: this trains as the host's unit would", KEY)
             return
         self.draw_task = TaskDraw(setup.tasks, job_config.seed)
+        self._faults = DataFaults(skip=setup.settings.on_bad_data == "skip")
         self._finite = FiniteGradients(self.optimizer)
         self._printed, self._validated = Measured(), Measured()  # since the last line on the console; in validation
+
+    # --- before the first step ------------------------------------------------------------------------------------
+
+    def on_train_start(self, state: State) -> None:
+        """As the host's, after the data were checked: see `Guarded` and `check_sample`.
+
+        Raises:
+            ConfigError, DataError: the data cannot be trained on; the message names the row or the key.
+        """
+        if self.setup.tasks:
+            with block_called(KEY):
+                self._check_data(state)
+        super().on_train_start(state)
+
+    def _check_data(self, state: State) -> None:
+        adapter = unwrapped(self.model).adapter
+        check = partial(rows.check_row, host_tasks=self.tasks, max_num_elements=adapter.backbone.max_num_elements)
+        for phase in filter(None, (state.train_state, state.eval_state)):
+            rows.check_loader(phase.dataloader, self.tasks)
+            for guarded in rows.guard(phase.dataloader, check):
+                if phase is state.train_state or self.setup.self_supervised:
+                    rows.check_sample(guarded, self.setup.tasks, self.tasks, adapter, skip=self._faults.skip)
+
+    def _execute_load_state(self, checkpoint_location: str | None) -> None:
+        """As the host's. What denoising adds starts fresh where the checkpoint is of a run without it."""
+        missing: set[str] = set()
+        if self.setup.tasks and checkpoint_location is not None:
+            missing = checkpoint.missing_keys(checkpoint_location, self.state_dict())
+        if not missing or not checkpoint.only_added(missing):
+            super()._execute_load_state(checkpoint_location)  # which names what is missing
+            return
+        self.load_state_dict(checkpoint.load_known(checkpoint_location, self.state_dict()))
+        for name, parameter in unwrapped(self.model).named_parameters():
+            if checkpoint.is_added(name):
+                self.optimizer.state.pop(parameter, None)
+        logging.warning("%s has no weights of %s: they start fresh", checkpoint_location, KEY)
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -78,9 +118,12 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
         number = self.train_progress.num_steps_completed
         self._seed(number, "random numbers")
         task = self.draw_task(number)
-        step = Step() if task is None else self._corrupted(data, task, number, _progress(state, number))
-        with _in_step(self, step, data, self.model), self._finite.watched(number):
-            super().train_step(state, data)
+        with block_called(KEY):
+            self._faults.note(data)
+            self._faults.tell_ranks(torch.device(get_device_for_local_rank()))
+            step = Step() if task is None else self._corrupted(data, task, number, _progress(state, number))
+            with _in_step(self, step, data, self.model), self._finite.watched(number, self._faults.stop_if_told):
+                super().train_step(state, data)
         self._printed.update(step.measured)
         if number % self.print_every == 0:
             means, self._printed = self._printed.means(), Measured()
@@ -111,6 +154,7 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
         super().on_train_end(state)
         if self.setup.tasks:
             self._finite.report()
+            self._faults.report(torch.device(get_device_for_local_rank()))
 
     # --- validation -----------------------------------------------------------------------------------------------
 
@@ -121,6 +165,8 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
 
     def eval_step(self, state: State, data: AtomicData) -> None:
         """As the host's. In pre-training there is nothing else to judge by, so the noise of validation is predicted."""
+        if self.setup.tasks:
+            self._faults.note(data)
         if not (self.setup.tasks and self.setup.self_supervised):
             super().eval_step(state, data)
             return
@@ -131,6 +177,9 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
         self._validated.update(step.measured)
 
     def on_eval_epoch_end(self, state: State) -> None:
+        if self.setup.tasks:
+            with block_called(KEY):
+                self._faults.stop_if_any()
         super().on_eval_epoch_end(state)
         if not (self.setup.tasks and self.setup.self_supervised):
             return

@@ -8,7 +8,6 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from fairchem.core._cli import main
+from fairchem.core.common import distutils
 from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 from fairchem.core.units.mlip_unit.mlip_unit import UNIT_INFERENCE_CHECKPOINT, MLIPTrainEvalUnit
 from omegaconf import OmegaConf
@@ -343,6 +343,8 @@ def run(config: Mapping[str, Any] | Path, name: str, *overrides: str) -> Run:
 class _watched(logging.Handler):
     """While entered, what the host logs goes to a run, and so does its unit."""
 
+    _LEFT_OUT = ("setup_logging", "write_environment_report")  # the latter takes longer than the run
+
     def __init__(self, finished: Run) -> None:
         super().__init__(logging.INFO)
         self.finished = finished
@@ -353,21 +355,27 @@ class _watched(logging.Handler):
 
     def __enter__(self) -> None:
         root, finished = logging.getLogger(), self.finished
-        self.before = root.handlers[:], root.level, launch.setup_logging, launch.hydra.utils.instantiate
-        root.handlers, root.level = [self], logging.INFO
+        self.before = root.handlers[:], root.level, {name: getattr(launch, name) for name in self._LEFT_OUT}
+        self.instantiate = hydra.utils.instantiate
+        root.handlers = [self]
         root.setLevel(logging.INFO)
 
         def instantiate(*args: Any, **kwargs: Any) -> Any:
-            runner = self.before[3](*args, **kwargs)
+            runner = self.instantiate(*args, **kwargs)
             finished.unit = getattr(runner, "train_eval_unit", finished.unit)
             return runner
 
-        launch.setup_logging, launch.hydra.utils.instantiate = (lambda *_, **__: None), instantiate
+        for name in self._LEFT_OUT:
+            setattr(launch, name, lambda *_, **__: None)
+        hydra.utils.instantiate = instantiate
 
     def __exit__(self, *_: Any) -> None:
         root = logging.getLogger()
-        root.handlers, level, launch.setup_logging, launch.hydra.utils.instantiate = self.before
+        root.handlers, level, left_out = self.before
         root.setLevel(level)
+        for name, function in left_out.items():
+            setattr(launch, name, function)
+        hydra.utils.instantiate = self.instantiate
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
@@ -385,15 +393,11 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 # --- units without a command ------------------------------------------------------------------------------------------
 
 
-@cache
-def _process_file() -> str:
-    return tempfile.mktemp()
-
-
 def one_rank() -> None:
     """A process group of one rank, which the host's unit cannot do without."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+        distutils.assign_device_for_local_rank(cpu=True, local_rank=0)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def unit_of(
@@ -425,4 +429,19 @@ def train_on(unit: MLIPTrainEvalUnit, batches: Iterable[AtomicData]) -> None:
     train(unit, [copy.deepcopy(batch) for batch in batches], max_epochs=1)
 
 
-run_without_checkpoints = partial(run_config, checkpoint_every=None)
+def plain_state(unit: MLIPTrainEvalUnit) -> dict[str, Any]:
+    """The state of a unit that has trained, without what denoising adds to it."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without(item) for key, item in value.items() if "denoising" not in str(key).split(".")}
+        if isinstance(value, list):
+            return [without(item) for item in value if "denoising" not in str(item).split(".")]
+        return value.clone() if isinstance(value, torch.Tensor) else value
+
+    return without(unit.state_dict())
+
+
+def inner(unit: MLIPTrainEvalUnit) -> torch.nn.Module:
+    """The model within the host's wrapper."""
+    return unit.model.module
