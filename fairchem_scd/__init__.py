@@ -1,17 +1,21 @@
 """fairchem-scd: denoising (DeNS, SCD) as an auxiliary task in force-field training with fairchem.
 
-The first use of a public name registers the package's trainers, model and datasets with the host. A config does that by
-its trainer's dotted name: `fairchem_scd.DenoisingTrainer`, `fairchem_scd.EquiformerV2DenoisingTrainer` or
-`fairchem_scd.MLIPDenoisingTrainer`.
+Two versions of fairchem are supported, and which names this package has depends on the installed one. A config names
+them by their dotted names. The first use of one registers what the package has to register with the host.
+
+    fairchem-core 1.10   `fairchem_scd.DenoisingTrainer`, `.EquiformerV2DenoisingTrainer`, `.MLIPDenoisingTrainer`
+    fairchem-core 2.x    `fairchem_scd.DenoisingTrainEvalUnit`
 """
+
+# ruff: noqa: F401 (what is imported for type checkers alone)
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fairchem_scd import host
 from fairchem_scd.errors import ConfigError, DataError
-from fairchem_scd.fairchem1 import former_names
 
 if TYPE_CHECKING:
     from fairchem_scd.fairchem1.plugin import (
@@ -24,25 +28,36 @@ if TYPE_CHECKING:
         Task,
         register_task,
     )
+    from fairchem_scd.fairchem2.plugin import DenoisingTrainEvalUnit
 
-__all__ = [
-    "ConfigError",
-    "DataError",
-    "DenoisingHydra",
-    "DenoisingMixin",
-    "DenoisingTask",
-    "DenoisingTrainer",
-    "EquiformerV2DenoisingTrainer",
-    "MLIPDenoisingTrainer",
-    "Task",
-    "register_task",
-]
+_BOTH = ("DenoisingTask", "register_task")
+_NAMES = {
+    1: (
+        "DenoisingHydra",
+        "DenoisingMixin",
+        "DenoisingTrainer",
+        "EquiformerV2DenoisingTrainer",
+        "MLIPDenoisingTrainer",
+        "Task",
+        *_BOTH,
+    ),
+    2: ("DenoisingTrainEvalUnit", *_BOTH),
+}
+_MAJOR = host.installed_major()
 
-former_names.install()
+__all__ = ["ConfigError", "DataError", *_NAMES.get(_MAJOR, ())]
+
+if _MAJOR != 2:
+    from fairchem_scd.fairchem1 import former_names
+
+    former_names.install()
 
 
 def __getattr__(name: str) -> Any:
     # The host takes many seconds to import, and `fairchem-scd --help` does without it.
-    if name not in __all__:
+    majors = [major for major, names in _NAMES.items() if name in names]
+    if not majors:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("fairchem_scd.fairchem1.plugin"), name)
+    if _MAJOR not in majors:
+        raise ImportError(host.missing(f"fairchem_scd.{name}", majors[0]))
+    return getattr(importlib.import_module(f"{host.WINGS[_MAJOR]}.plugin"), name)

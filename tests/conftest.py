@@ -14,10 +14,35 @@ os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 import pytest
 import torch
 
+from fairchem_scd.host import installed_major
+
 pytest.register_assert_rewrite("tests.support")
+
+_HERE = Path(__file__).parent
+_OF_A_HOST = dict.fromkeys(("fairchem1", "runs", "commands", "benchmarks", "docs", "test_stand_ins_and_real.py"), 1)
+_OF_A_HOST["fairchem2"] = 2
+"""Folders and files of tests that need fairchem-core of one major version."""
+
+_left_out = set()
 
 _LONG = ("test_kills.py", "test_rank_runs.py", "test_resume.py", "test_slurm.py", "test_submitit.py")
 """Files that take longest: begun first, so that with -n 2 neither process waits for the other at the end."""
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """True for tests of a host that is not installed here."""
+    # Its first part, and not the whole: a folder that the command line names is collected without being asked for.
+    name = collection_path.relative_to(_HERE).parts[0] if _HERE in collection_path.parents else None
+    if _OF_A_HOST.get(name) in (None, installed_major()):
+        return None
+    _left_out.add(name)
+    return True
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for major in sorted({_OF_A_HOST[name] for name in _left_out}):
+        names = ", ".join(f"tests/{name}" for name in sorted(_left_out) if _OF_A_HOST[name] == major)
+        terminalreporter.write_line(f"Skipped, since fairchem-core {major}.x is not installed here: {names}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,10 @@ TOOLS = ("fairchem_scd.commands", "fairchem_scd.testing")
 FORBIDDEN = {
     "denoising": (*HOSTS, *TOOLS),
     "errors": (*HOSTS, *TOOLS, "torch", "fairchem_scd.denoising"),
+    "host": (*HOSTS, *TOOLS, "torch", "fairchem_scd.denoising"),
+    "sample_data": (*HOSTS, *TOOLS),
     "fairchem1": (*TOOLS, "fairchem_scd.fairchem2"),
+    "fairchem2": (*TOOLS, "fairchem_scd.fairchem1", "torch_geometric"),
     "testing": ("fairchem_scd.commands",),
 }
 

@@ -10,6 +10,7 @@ import yaml
 from fairchem.core.common.utils import load_config
 
 from fairchem_scd.errors import ConfigError, first_line
+from fairchem_scd.host import missing
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ConfigError: it is no config, or what it includes is missing or contradicts itself.
+        ConfigError: it is no config, is of fairchem 2.x, or what it includes is missing or contradicts itself.
     """
     try:
         config, _, conflicts = load_config(str(path))
@@ -25,6 +26,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a config that fairchem can read ({first_line(error)})") from error
     if not isinstance(config, Mapping):
         raise ConfigError(f"{path}: not a config that fairchem can read (it holds no keys)")
+    if {"runner", "defaults"} & set(config) and "trainer" not in config:
+        raise ConfigError(missing(f"{path}", 2))
     if conflicts:
         raise ConfigError(f"{path}: includes: two files both set {', '.join(sorted(set(conflicts)))}")
     return config

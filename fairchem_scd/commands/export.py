@@ -26,7 +26,7 @@ import click
 def command(
     checkpoint: str, out: str, weights: str | None, backbone_only: bool, training_state: bool, force: bool
 ) -> None:
-    """Make CHECKPOINT plain: OUT loads in fairchem without this package.
+    """Make CHECKPOINT plain: OUT loads in fairchem 1.x without this package. On fairchem 2.x it is plain already.
 
     OUT has the host's model, its keys and config, the normalisers and element references, one set of weights, and
     nothing of the denoising task. The weights are the moving average where the run kept one, as in validation. (Given
@@ -40,7 +40,12 @@ def command(
       fairchem-scd export checkpoints/RUN/best_checkpoint.pt plain.pt
     """
     from fairchem_scd.commands.files import check_output, whole_file
+    from fairchem_scd.host import installed_major
 
+    if installed_major() == 2:
+        from fairchem_scd.commands.fairchem2 import not_needed
+
+        not_needed.export(checkpoint)
     if training_state and (weights or backbone_only):
         raise click.UsageError("--training-state keeps all weights and heads; leave --weights and --backbone-only out")
     if Path(out).exists() and Path(checkpoint).exists() and Path(out).samefile(checkpoint):

@@ -13,8 +13,8 @@ import click
 def command(checkpoint: str, out: str, plain: bool, force: bool) -> None:
     """Read a DeNS checkpoint of another code, CHECKPOINT, and write it as one of this package, OUT.
 
-    It may be of the DeNS authors (models equiformer_v2_dens and escn_dens) or of fairchem's own DeNS trainers
-    (backbones equiformer_v2_dens_backbone and esen_backbone_dens).
+    On fairchem 2.x there is nothing to import. CHECKPOINT may be of the DeNS authors (models equiformer_v2_dens and
+    escn_dens) or of fairchem's own DeNS trainers (backbones equiformer_v2_dens_backbone and esen_backbone_dens).
 
     OUT predicts what CHECKPOINT does. Kept are the weights, noise head and force encoding included, their moving
     average, the normalisers and element references, and the DeNS settings. A run that starts from OUT counts its steps
@@ -26,7 +26,12 @@ def command(checkpoint: str, out: str, plain: bool, force: bool) -> None:
       fairchem --mode train --config-yml configs/dens_oc20_2m_12epochs.yml --checkpoint imported.pt
     """
     from fairchem_scd.commands.files import check_output, whole_file
+    from fairchem_scd.host import installed_major
 
+    if installed_major() == 2:
+        from fairchem_scd.commands.fairchem2 import not_needed
+
+        not_needed.import_()
     check_output(out, force=force)
     click.echo(f"Reading {checkpoint}", err=True)
     import torch

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.conditions import BoundModulation
+from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.hooks import RecomputeInContext, StateOfPass, replaced
 from fairchem_scd.errors import ConfigError
 
@@ -129,7 +130,7 @@ class Adapter(ABC):
         if cls.encoding_spec is not Adapter.encoding_spec:
             return None
         return ConfigError(
-            f"task.denoising: {cls.names[0]} has no vector features, which dens and scd with condition: [forces] need "
+            f"{key_of()}: {cls.names[0]} has no vector features, which dens and scd with condition: [forces] need "
             "to pass forces to the model; scd with its default condition and noisy_nodes work there"
         )
 
@@ -181,7 +182,7 @@ class Adapter(ABC):
 
     def _cannot(self, what: str) -> ConfigError:
         return ConfigError(
-            f"task.denoising.scd: {type(self).__name__}, the adapter of {self.names[0]}, does not say how to {what}; "
+            f"{key_of('scd')}: {type(self).__name__}, the adapter of {self.names[0]}, does not say how to {what}; "
             "it needs scalar_channels, scalars, element_embeddings, blocks and modulated: see "
             "docs/adding-a-backbone.md. With condition: [] nothing is embedded"
         )

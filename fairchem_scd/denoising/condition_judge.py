@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from fairchem_scd.denoising.condition_report import ConditionReport, Errors, Gain, participation_ratio
+from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.corruption import Corruption
 from fairchem_scd.denoising.passes import DenoisingModel
 from fairchem_scd.denoising.plan import EMBEDDING, NOISE, VALIDATION, Pass, Plan
-from fairchem_scd.denoising.structures import identities, structures_of
+from fairchem_scd.denoising.structures import Structures, identities, structures_of
 from fairchem_scd.denoising.tasks.base import DenoisingTask
 from fairchem_scd.errors import ConfigError
 
@@ -101,7 +102,7 @@ class ConditionJudge:
     ) -> None:
         self.model, self.task, self.call, self.gather, self.structures = model, task, call, gather, structures
         if model.denoising[task.name].condition is None:
-            raise ConfigError(f"task.denoising.{task.name}: nothing to judge: its passes are told no embedding")
+            raise ConfigError(f"{key_of(task.name)}: nothing to judge: its passes are told no embedding")
         self.scores: dict[Key, Score] = {}
         self._mine: dict[Key, Tensor] = {}
         self._told: dict[Key, Tensor] = {}

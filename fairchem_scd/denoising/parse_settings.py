@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError, create_model
 
+from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.settings import CellRepeatSettings, DenoisingBlock, DropPathSettings, Settings
 from fairchem_scd.errors import ConfigError
 
@@ -39,8 +40,8 @@ class Denoising:
         fields = DenoisingBlock.model_fields.items()
         acting = [name for name, field in fields if getattr(self, name) != field.default]
         if not acting:
-            return "task.denoising turns on no task: this trains as the host's trainer would"
-        return f"task.denoising turns on no task: no step denoises. Its other settings count: {', '.join(acting)}"
+            return f"{key_of()} turns on no task: this trains as the host's trainer would"
+        return f"{key_of()} turns on no task: no step denoises. Its other settings count: {', '.join(acting)}"
 
 
 def parse_denoising(block: Any, tasks: dict[str, type[Settings]]) -> Denoising:
@@ -73,7 +74,7 @@ def _without_former(block: Any, tasks: dict[str, type[Settings]]) -> Any:
         given = block.get(name)
         former = [key for key in cls.former if isinstance(given, Mapping) and key in given]
         for key in former:
-            logging.warning("task.denoising.%s.%s has no effect: %s; leave it out", name, key, cls.former[key])
+            logging.warning("%s has no effect: %s; leave it out", key_of(name, key), cls.former[key])
         if former:
             kept[name] = {key: value for key, value in given.items() if key not in former}
     return kept
@@ -83,7 +84,7 @@ def _fill_probabilities(settings: dict[str, Settings]) -> dict[str, Settings]:
     """Give every task without a `prob` an equal part of what the others leave."""
     taken = {name: s.prob for name, s in settings.items() if s.prob is not None}
     if sum(taken.values()) > 1 + _ROUNDING:
-        shares = ", ".join(f"task.denoising.{name}.prob = {prob:g}" for name, prob in taken.items())
+        shares = ", ".join(f"{key_of(name, 'prob')} = {prob:g}" for name, prob in taken.items())
         raise ConfigError(f"{shares}: a step has at most one task, so the probabilities must sum to at most 1")
     rest = max(0.0, 1 - sum(taken.values())) / max(1, len(settings) - len(taken))
     return {name: s if s.prob is not None else s.model_copy(update={"prob": rest}) for name, s in settings.items()}
@@ -93,7 +94,7 @@ def _explain(error: ValidationError, models: dict[str, type[BaseModel]]) -> str:
     lines = []
     for issue in error.errors():
         path = [str(part) for part in issue["loc"]]
-        key = ".".join(["task.denoising", *path])
+        key = key_of(*path)
         if issue["type"] == "extra_forbidden":
             owner = models.get(path[0], models[""]) if len(path) > 1 else models[""]
             known = list(owner.model_fields)

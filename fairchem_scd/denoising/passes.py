@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fairchem_scd.denoising.adapter import Adapter
 from fairchem_scd.denoising.conditions import BoundModulation, SelfCondition
 from fairchem_scd.denoising.conditions.self_condition import always_on
+from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.hooks import outputs_of
 from fairchem_scd.denoising.plan import EMBEDDING, NOISE, AtomSubset, Pass, Plan
 from fairchem_scd.denoising.recompute import recomputed
@@ -36,7 +37,7 @@ class DenoisingModel(Protocol):
         backbone: called with a view, it returns an embedding that heads and adapter understand.
         output_heads: the user's heads, by name.
         denoising: what each task added, by its name.
-        tasks: the tasks, by name.
+        denoising_tasks: the tasks, by name.
         adapter: of the backbone; None where there is no task.
         training: as of any module.
     """
@@ -44,7 +45,7 @@ class DenoisingModel(Protocol):
     backbone: nn.Module
     output_heads: nn.ModuleDict
     denoising: Mapping[str, TaskModules]
-    tasks: Mapping[str, DenoisingTask]
+    denoising_tasks: Mapping[str, DenoisingTask]
     adapter: Adapter | None
     training: bool
 
@@ -115,7 +116,7 @@ def embed(model: DenoisingModel, data: Any, structures: Structures) -> Tensor:
     """
     task = embedding_task(model)
     if task is None:
-        raise ConfigError("the model has no condition head: it was not trained with task.denoising.scd")
+        raise ConfigError(f"the model has no condition head: it was not trained with {key_of('scd')}")
     run = task.embedding_pass(structures).to(data.pos.device)
     _, made = _run_pass(model, data, run, model.denoising[task.name], None)
     return made.masked_fill(~task.embedded_structures(structures).to(made.device)[:, None], 0)
@@ -123,7 +124,9 @@ def embed(model: DenoisingModel, data: Any, structures: Structures) -> Tensor:
 
 def embedding_task(model: DenoisingModel) -> DenoisingTask | None:
     """The task that embeds structures; None: the model has none."""
-    return next((task for name, task in model.tasks.items() if model.denoising[name].condition is not None), None)
+    return next(
+        (task for name, task in model.denoising_tasks.items() if model.denoising[name].condition is not None), None
+    )
 
 
 def atom_features(model: DenoisingModel, data: Any, adapter: Adapter) -> Tensor:

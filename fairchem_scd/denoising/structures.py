@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.periodic import wrapped
 from fairchem_scd.errors import ConfigError
 
@@ -89,7 +90,7 @@ def structures_of(batch: Any, pbc: Tensor | None = None) -> Structures:
 def require(label: Tensor | None, name: str, task: str) -> Tensor:
     """A label that a task cannot do without. Raises ConfigError where the data has none."""
     if label is None:
-        raise ConfigError(f"task.denoising.{task} needs '{name}', which the data does not have")
+        raise ConfigError(f"{key_of(task)} needs '{name}', which the data does not have")
     return label
 
 

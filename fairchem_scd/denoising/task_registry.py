@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
+from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _entry_points() -> dict[str, EntryPoint]:
 def _loaded(found: EntryPoint) -> type[DenoisingTask]:
     from fairchem_scd.denoising.tasks.base import DenoisingTask
 
-    where = f"task.denoising.{found.name}: the installed task '{found.value}' (entry point {ENTRY_POINTS})"
+    where = f"{key_of(found.name)}: the installed task '{found.value}' (entry point {ENTRY_POINTS})"
     try:
         cls = found.load()
     except (ImportError, AttributeError) as error:

@@ -54,17 +54,17 @@ class DenoisingHydra(HydraModel):
         super().__init__(**host)
         self.legacy_weight_decay = legacy_weight_decay
         self.self_supervised = self_supervised
-        self.tasks, _ = build_tasks(denoising, supervised=not self_supervised)
-        self.adapter: Adapter | None = adapter_for(self.backbone) if self.tasks else None
+        self.denoising_tasks, _ = build_tasks(denoising, supervised=not self_supervised)
+        self.adapter: Adapter | None = adapter_for(self.backbone) if self.denoising_tasks else None
         if self.adapter is not None:
             # Checked here, not in the config alone: the backbone may come from a checkpoint to fine-tune from.
             self.adapter.check({key: getattr(self.backbone, key) for key in _CHECKED if hasattr(self.backbone, key)})
-        for task in self.tasks.values():
+        for task in self.denoising_tasks.values():
             self._check_subsets(task)
             task.check_backbone(self.adapter, heads=bool(self.output_heads))
         # In a fork of the random state: a run with denoising goes on with the random numbers of a run without it.
         with torch.random.fork_rng(devices=[]):
-            added = {name: TaskModules.of(task.modules(self.adapter)) for name, task in self.tasks.items()}
+            added = {name: TaskModules.of(task.modules(self.adapter)) for name, task in self.denoising_tasks.items()}
             self.denoising = nn.ModuleDict(added)
 
     def _check_subsets(self, task: DenoisingTask) -> None:

@@ -197,10 +197,10 @@ class ToyModel(PlainModel):
 
     def __init__(self, block: Mapping[str, Any], supervised: bool = True) -> None:
         super().__init__()
-        self.tasks, _ = build_tasks(block, supervised)
+        self.denoising_tasks, _ = build_tasks(block, supervised)
         self.adapter = ToyAdapter(self.backbone)
         with torch.random.fork_rng(devices=[]):
-            added = {name: TaskModules.of(task.modules(self.adapter)) for name, task in self.tasks.items()}
+            added = {name: TaskModules.of(task.modules(self.adapter)) for name, task in self.denoising_tasks.items()}
             self.denoising = nn.ModuleDict(added)
 
     def forward(self, data: Any, plan: Plan | None = None) -> dict[str, Tensor]:
@@ -247,7 +247,7 @@ def plan_of(
     model: ToyModel, batch: Any, task: str | None = None, step: int = VALIDATION, seed: int = 0
 ) -> tuple[Plan, Corruption]:
     """The plan of a step, and its corruption. In validation every structure is told its embedding."""
-    drawn, seen = model.tasks[task or next(iter(model.tasks))], structures_of(batch)
+    drawn, seen = model.denoising_tasks[task or next(iter(model.denoising_tasks))], structures_of(batch)
     corruption = drawn.corrupt(seen, seed=seed, step=step)
     return Plan(drawn.name, drawn.passes(seen, corruption, seed=seed, step=step)), corruption
 

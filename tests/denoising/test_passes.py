@@ -156,7 +156,7 @@ def test_outputs_come_from_their_pass_and_the_batch_stays_as_it_is(block):
     if "scd" not in block:  # whose outputs are of the clean structure
         seen.pos = batch.pos + corruption.noise
     expected = plain(seen)
-    hears_forces = model.tasks[plan.task].conditions_on_forces and "scd" not in block
+    hears_forces = model.denoising_tasks[plan.task].conditions_on_forces and "scd" not in block
     for key, value in expected.items():
         assert torch.equal(out[key], value) != hears_forces, key
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 DEVICE = torch.device("meta")  # the only one besides the CPU whose backward runs where there is no such device
 
 _aten = torch.ops.aten
-# What may cross on a GPU: copies; indices, into a tensor of the device; and single numbers, but not into a larger tensor.
+# What may cross on a GPU: copies; indices into a tensor of the device; single numbers, but not into a larger tensor.
 _COPIES = {_aten._to_copy, _aten.copy_}
 _INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
 _JOINING = {_aten.cat, _aten.stack}

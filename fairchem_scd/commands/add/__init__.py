@@ -26,15 +26,19 @@ from fairchem_scd.denoising.task_registry import task_names
 def command(task: str, config: str, out: str, pairs: tuple[str, ...], dry_run: bool, force: bool) -> None:
     """Add a denoising TASK to the fairchem config CONFIG, as a new file OUT.
 
+    CONFIG is of the fairchem that is installed, 1.x or 2.x.
+
     \b
     dens          tells the model the forces of a structure that it corrupts (needs forces)
     scd           tells it its own embedding of the structure instead (needs no labels)
     noisy_nodes   denoising without a condition, in every step
     Others are of installed packages (docs/adding-a-task.md).
 
-    The trainer is replaced by the same trainer with denoising, and the task's settings are added under task.denoising.
-    Everything else stays as it is, comments included; only the names of included files are adapted to OUT's folder.
-    Paths of data and checkpoints stay too, because for fairchem they begin in the directory where it is run.
+    In a config of fairchem 1.x the trainer is replaced by the same trainer with denoising, and the task's settings are
+    added under task.denoising. In one of fairchem 2.x runner.train_eval_unit._target_ is replaced, and the settings are
+    added under runner.train_eval_unit.denoising. Everything else stays as it is, comments included; only the names of
+    files that a 1.x config includes are adapted to OUT's folder. Paths of data and checkpoints stay too, because for
+    fairchem they begin in the directory where it is run.
 
     What is written has been checked as training would: model, outputs, losses and settings. The difference from CONFIG
     is shown.
@@ -47,8 +51,16 @@ def command(task: str, config: str, out: str, pairs: tuple[str, ...], dry_run: b
 
     settings = _settings(pairs)
     check_output(out, force=force or dry_run)
-    from fairchem_scd.commands.add.add_task import add_task
+    from fairchem_scd.host import installed_major
 
+    if installed_major() == 2:
+        from fairchem_scd.commands.fairchem2.add_task import add_task
+
+        train = "fairchem -c"
+    else:
+        from fairchem_scd.commands.add.add_task import add_task
+
+        train = "fairchem --mode train --config-yml"
     added = add_task(config, out, task, settings)
     _show_difference(added.before, added.after, config, out)
     shares = ", ".join(f"{name} {share:.3g}" for name, share in added.shares.items() if share)
@@ -60,7 +72,7 @@ def command(task: str, config: str, out: str, pairs: tuple[str, ...], dry_run: b
         return
     with whole_file(out, force=force) as part:
         part.write_text(added.after, encoding="utf-8", newline="")
-    click.echo(f"Train it, with the options you use now: fairchem --mode train --config-yml {out}", err=True)
+    click.echo(f"Train it, with the options you use now: {train} {out}", err=True)
 
 
 def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import yaml
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import UniqueKeyLoader, find_relative_file_in_paths, setup_imports
 
+from fairchem_scd.commands.add.added import Added, differences
 from fairchem_scd.commands.add.yaml_edit import map_items, set_value
 from fairchem_scd.commands.config_file import read_config
 from fairchem_scd.errors import ConfigError
@@ -38,22 +37,6 @@ _TRAINERS = {
     "mlip_denoising": _MLIP,
     "denoising": _STEPS,
 }
-
-
-@dataclass(frozen=True)
-class Added:
-    """A config with a task added.
-
-    Attributes:
-        before, after: text of the config and of the new file.
-        shares: share of the steps of each task that is on. All other steps are ordinary.
-        pretraining: the config trains no outputs.
-    """
-
-    before: str
-    after: str
-    shares: dict[str, float]
-    pretraining: bool
 
 
 def add_task(config: str | Path, out: str | Path, task: str, settings: Mapping[str, Any]) -> Added:
@@ -100,7 +83,7 @@ def add_task(config: str | Path, out: str | Path, task: str, settings: Mapping[s
     expected["trainer"] = trainer
     expected["task"] = {**(merged.get("task") or {}), "denoising": {**block, task: dict(settings)}}
     result = _load_text(after, config, out)
-    changed = list(_differences(expected, result))
+    changed = list(differences(expected, result))
     if changed and all(key.startswith(f"task.denoising.{task}.") for key in changed):
         raise ConfigError(
             f"{config}: task.denoising.{task}: null switches off what an included file sets; remove that line, and the "
@@ -233,20 +216,3 @@ def _check(config: dict[str, Any], task: str, asked: Mapping[str, Any]) -> tuple
     if setup.self_supervised or config.get("outputs"):
         check_outputs(setup.tasks, config.get("outputs") or {}, config["loss_functions"])
     return setup.shares, setup.self_supervised
-
-
-def _differences(one: Any, other: Any, key: str = "") -> Iterator[str]:
-    """Dotted keys under which two configs differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for name in dict.fromkeys([*one, *other]):
-            inner = f"{key}.{name}" if key else str(name)
-            if name not in one or name not in other:
-                yield inner
-            else:
-                yield from _differences(one[name], other[name], inner)
-    elif type(one) is not type(other) or (one != other and not _both_nan(one, other)):
-        yield key
-
-
-def _both_nan(one: Any, other: Any) -> bool:
-    return isinstance(one, float) and math.isnan(one) and math.isnan(other)

@@ -15,7 +15,7 @@ import yaml
 _Entry = tuple[yaml.Node, yaml.Node]
 
 
-def set_value(text: str, keys: Sequence[str], value: Any, after: Sequence[str] = ()) -> str:
+def set_value(text: str, keys: Sequence[str], value: Any, after: Sequence[str] = (), below: str | None = None) -> str:
     """Set one value of a YAML mapping. Mappings above it are added where they are missing.
 
     Args:
@@ -23,6 +23,7 @@ def set_value(text: str, keys: Sequence[str], value: Any, after: Sequence[str] =
         keys: from the top, such as ("task", "denoising", "scd").
         value: a scalar, or a mapping, which is written in one line.
         after: top-level keys. A new top-level key is put behind the first of these that is there, or else at the top.
+        below: a key with a value in one line. A new key of its mapping is put behind it, or else at the top.
 
     Returns:
         The new text. Where a key above the last holds an alias, a copy of what it stands for takes its place.
@@ -39,7 +40,9 @@ def set_value(text: str, keys: Sequence[str], value: Any, after: Sequence[str] =
             if above is None:
                 return _into_root(text, node, key, _nested(rest, value), after)
             indent = " " * node.value[0][0].start_mark.column
-            return _put(text, _line_end(text, above.end_mark.index), _block(key, rest, value, indent, _newline(text)))
+            before = _entry(node, below)
+            mark = (above if before is None else before[1]).end_mark
+            return _put(text, _line_end(text, mark.index), _block(key, rest, value, indent, _newline(text)))
         above, held = found
         alias = held.start_mark.index < above.start_mark.index
         if not rest or alias:
@@ -81,7 +84,7 @@ def _root(text: str) -> yaml.MappingNode:
     return root
 
 
-def _entry(node: yaml.MappingNode, key: str) -> _Entry | None:
+def _entry(node: yaml.MappingNode, key: str | None) -> _Entry | None:
     return next((entry for entry in node.value if entry[0].value == key), None)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from typing import Any
 
 import torch
-from fairchem.core.common import distutils
 from tqdm import tqdm
 
+from fairchem_scd.commands.check.costs import say_costs
 from fairchem_scd.commands.check.report import Report
 from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.errors import ConfigError
@@ -71,8 +70,16 @@ def try_steps(trainer: Any, report: Report, *, repeats: int, seconds: float) -> 
             return  # a kind of step does not work, and costs cannot be compared
     times = {name: statistics.median(values) for name, values in taken.items() if values}
     if times:
-        rounds = min(len(values) for values in taken.values())
-        _say_costs(trainer, times, memory, len(batch.natoms), rounds, report)
+        say_costs(
+            times,
+            memory,
+            {name: trainer.tasks[name].settings.prob for name in times if name != "ordinary"},
+            batch=len(batch.natoms),
+            rounds=min(len(values) for values in taken.values()),
+            steps_per_epoch=len(trainer.train_loader),
+            device=trainer.device.type,
+            report=report,
+        )
 
 
 def _step(trainer: Any, batch: Any, name: str, task: DenoisingTask | None, report: Report) -> tuple[float, int]:
@@ -124,39 +131,3 @@ def try_validation(trainer: Any, report: Report) -> None:
             f"{', '.join(sorted(metrics))}"
         )
     report.say("validation", f"works, with batches of {len(batch.natoms)}; the best checkpoint follows {primary}")
-
-
-def _say_costs(
-    trainer: Any, times: dict[str, float], memory: dict[str, int], size: int, rounds: int, report: Report
-) -> None:
-    plain = times.get("ordinary")
-    costs = [
-        f"{name} {seconds:.3g} s" + (f" ({seconds / plain:.2f} x)" if plain and name != "ordinary" else "")
-        for name, seconds in times.items()
-    ]
-    report.say("a step", f"{', '.join(costs)}; batch of {size}; roughly, in {rounds} rounds")
-    shares = {name: trainer.tasks[name].settings.prob for name in times if name != "ordinary"}
-    mean = sum(share * times[name] for name, share in shares.items())
-    mean += max(0.0, 1 - sum(shares.values())) * (plain or 0.0)
-    if plain:
-        report.say(
-            "", f"on average over the run {mean / plain:.2f} x an ordinary step, which costs what plain training does"
-        )
-    steps = len(trainer.train_loader)
-    report.say(
-        "an epoch",
-        f"{steps} step{'s' * (steps != 1)}, {_duration(steps * mean)} on {trainer.device.type} with one rank, without "
-        "reading data and validation",
-    )
-    if trainer.device.type == "cuda":
-        report.say("memory", ", ".join(f"{name} {peak / 2**30:.2f} GiB" for name, peak in memory.items()) + " at most")
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        report.say("memory", f"the process, {distutils.get_world_size()} rank, held at most {peak:.2f} GiB")
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"about {seconds / length:.1f} {unit}"
-    return f"about {seconds:.2g} seconds"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fairchem_scd.commands.embed.table import Embeddings
 
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
     type=click.Choice(["train", "val", "test"]),
     default="val",
     show_default=True,
-    help="Which of CONFIG's datasets. As in training, val and test inherit from train what they do not set.",
+    help="Which of CONFIG's datasets. On fairchem 1.x val and test inherit from train what they do not set, as in "
+    "training; on 2.x there is no test, and val is the data of eval_dataloader.",
 )
 @click.option(
     "--kind",
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
-    help="Structures at a time.  [default: CONFIG's eval_batch_size or batch_size, else 16]",
+    help="Structures at a time.  [default: a 1.x CONFIG's eval_batch_size or batch_size, else 16]",
 )
 @click.option(
     "--weights",
@@ -74,8 +77,9 @@ def command(checkpoint: str, config: str, out: str, plot: str | None, judge: boo
     """Write to OUT embeddings of the structures that CONFIG names, made by the model in CHECKPOINT.
 
     CHECKPOINT is of this package, pre-trained or trained with energy and forces, or of fairchem itself, on any backbone
-    that this package trains. CONFIG is a training config, of which only the dataset block and the batch size are
-    read. The data needs no labels. OUT ends in .npz or .parquet.
+    that this package trains. On fairchem 2.x it is the folder of a training checkpoint, or an inference_ckpt.pt, which
+    is without SCD's c. CONFIG is a training config, of which only the data and the batch size are read. The data needs
+    no labels. OUT ends in .npz or .parquet.
 
     For B structures with N atoms and a model with C channels, OUT holds
 
@@ -147,29 +151,21 @@ def _embed(
 ) -> tuple[Embeddings, str]:
     """Read checkpoint, config and data, and embed; `options` are those of `embed`. With what the judge says, or ""."""
     click.echo(f"Loading {checkpoint}", err=True)
-    import fairchem_scd.fairchem1.plugin  # noqa: F401  (registers everything with the host)
-    from fairchem_scd.commands.config_file import read_config
-    from fairchem_scd.commands.embed.embeddings import embed
     from fairchem_scd.errors import ConfigError
-    from fairchem_scd.fairchem1.checkpoint import read
-    from fairchem_scd.fairchem1.data.split import load_split
+    from fairchem_scd.host import installed_major
 
-    source = read(checkpoint)
-    settings = read_config(config)
-    dataset = load_split(settings, split)
+    if judged and installed_major() == 2:
+        raise ConfigError("--judge: with fairchem 1.x alone")
+    opened = _opened_2(checkpoint, config, split) if installed_major() == 2 else _opened_1(checkpoint, config, split)
+    embed, source, dataset, default_size = opened
     size = len(dataset) if limit is None else min(limit, len(dataset))
     if drawn:
         from fairchem_scd.commands.embed.embedding_map import LEAST
 
         if size < LEAST:
             raise ConfigError(f"--plot: a map needs {LEAST} structures at least (got {size})")
-    click.echo(f"Embedding {size} structures of dataset.{split}", err=True)
-    optim = settings.get("optim") or {}
-    sizes = {
-        "batch_size": batch_size or optim.get("eval_batch_size") or optim.get("batch_size") or 16,
-        "limit": limit,
-        "progress": True,
-    }
+    click.echo(f"Embedding {size} structures of split {split}", err=True)
+    sizes = {"batch_size": batch_size or default_size, "limit": limit, "progress": True}
     about: dict[str, Any] = {"checkpoint": checkpoint, "config": config, "split": split}
     said = ""
     if judged:
@@ -180,3 +176,27 @@ def _embed(
         about["judged"] = {"structures": report.structures, **report.metrics()}
         said = f"{report.sentence(supervised=supervised)}\n{report.numbers()}"
     return embed(source, dataset, about=about, **sizes, **options), said
+
+
+def _opened_1(checkpoint: str, config: str, split: str) -> tuple[Callable[..., Embeddings], Any, Any, int]:
+    """On fairchem 1.x: the function that embeds, checkpoint, data, and batch size unless another is asked for."""
+    import fairchem_scd.fairchem1.plugin  # noqa: F401  (registers everything with the host)
+    from fairchem_scd.commands.config_file import read_config
+    from fairchem_scd.commands.embed.embeddings import embed
+    from fairchem_scd.fairchem1.checkpoint import read
+    from fairchem_scd.fairchem1.data.split import load_split
+
+    source = read(checkpoint)
+    settings = read_config(config)
+    optim = settings.get("optim") or {}
+    size = optim.get("eval_batch_size") or optim.get("batch_size") or 16
+    return embed, source, load_split(settings, split), size
+
+
+def _opened_2(checkpoint: str, config: str, split: str) -> tuple[Callable[..., Embeddings], Any, Any, int]:
+    """The same on fairchem 2.x, whose batches have a number of atoms instead of a number of structures."""
+    from fairchem_scd.commands.fairchem2.checkpoints import read
+    from fairchem_scd.commands.fairchem2.embeddings import embed, load_split
+
+    source = read(checkpoint)
+    return embed, source, load_split(config, split), 16

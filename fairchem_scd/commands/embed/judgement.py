@@ -59,7 +59,8 @@ def judge(
     # As in `EmbeddingRun`: neighbours at equal distances are then chosen structure by structure.
     model.backbone.use_pbc_single = not task.subset_settings
     keys = (*INPUT, *_NAMES, *sorted(task.labels - {"tags"}))
-    found, size = ConditionJudge(model, task, model, structures=model.structures_of), len(dataset) if limit is None else min(limit, len(dataset))
+    found = ConditionJudge(model, task, model, structures=model.structures_of)
+    size = len(dataset) if limit is None else min(limit, len(dataset))
     sweeps = (("told the right embedding", found.first), ("told others, and none", found.second))
     with torch.no_grad():
         for what, run in sweeps:

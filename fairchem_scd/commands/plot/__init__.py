@@ -8,7 +8,11 @@ import click
 @click.command("plot")
 @click.argument("run_dir", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--run", metavar="NAME", help="The name of the run's log folder, where RUN_DIR holds several runs.")
+@click.option(
+    "--run",
+    metavar="NAME",
+    help="The name of the run's log folder (2.x: job.timestamp_id), where RUN_DIR holds several runs.",
+)
 @click.option(
     "--column",
     type=click.Choice(["single", "double"]),
@@ -18,9 +22,12 @@ import click
 )
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
 def command(run_dir: str, out: str, run: str | None, column: str, force: bool) -> None:
-    """Draw a training run from its TensorBoard log, as a picture OUT (.png, .pdf or .svg).
+    """Draw a training run from its log, as a picture OUT (.png, .pdf or .svg).
 
-    RUN_DIR is what fairchem was given as --run-dir (else the directory it ran in), or any folder with the log below it.
+    On fairchem 1.x the log is TensorBoard's. RUN_DIR is what fairchem was given as --run-dir (else the directory it ran
+    in), or any folder with the log below it. On fairchem 2.x the log is of Weights & Biases, sent or not, and RUN_DIR
+    is job.run_dir, or any folder with the log below it; or RUN_DIR is a text file with the run's console output.
+
     Panels: the loss and its terms, the mean absolute errors of forces (eV/Å) and energy (eV), and of the denoised
     positions (Å), and what SCD's condition gains (percent of the noise's mean square error). What a run has not logged
     is left out. A resumed run is one curve.
@@ -39,7 +46,12 @@ def command(run_dir: str, out: str, run: str | None, column: str, force: bool) -
     import numpy as np
 
     from fairchem_scd.commands.plot import training_run
-    from fairchem_scd.commands.plot.training_log import find_run, read_curves
+    from fairchem_scd.host import installed_major
+
+    if installed_major() == 2:
+        from fairchem_scd.commands.fairchem2.training_log import find_run, read_curves
+    else:
+        from fairchem_scd.commands.plot.training_log import find_run, read_curves
 
     name, files = find_run(run_dir, run)
     curves = read_curves(files, training_run.ENDINGS)

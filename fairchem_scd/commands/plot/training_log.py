@@ -9,32 +9,18 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 
+from fairchem_scd.commands.plot.curves import Curve, curve_of
 from fairchem_scd.errors import ConfigError
 
 _NAMES = "events.out.tfevents*"
 _VERSION = "brain.Event:"  # what the first record of every event file says
 _SHOWN = 10
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The values that a run logged under one tag.
-
-    Attributes:
-        steps: [n] int, training steps, in rising order.
-        values: [n] float, in the unit the run logged.
-    """
-
-    steps: np.ndarray
-    values: np.ndarray
 
 
 def find_run(folder: str | Path, name: str | None = None) -> tuple[str, list[Path]]:
@@ -97,14 +83,7 @@ def read_curves(files: Sequence[Path], endings: tuple[str, ...]) -> dict[str, Cu
             for value in event.summary.value:
                 if value.tag.endswith(endings):
                     values.setdefault(value.tag, {})[event.step] = value.simple_value
-    return {tag: _curve(points) for tag, points in values.items()}
-
-
-def _curve(points: dict[int, float]) -> Curve:
-    steps = np.fromiter(points.keys(), dtype=np.int64, count=len(points))
-    values = np.fromiter(points.values(), dtype=np.float64, count=len(points))
-    order = np.argsort(steps)
-    return Curve(steps[order], values[order])
+    return {tag: curve_of(points) for tag, points in values.items()}
 
 
 def _events(path: Path, needles: Sequence[bytes] = (b"",)) -> Iterator[Event]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from fairchem_scd.commands import pictures
-from fairchem_scd.commands.plot.training_log import Curve
+from fairchem_scd.commands.plot.curves import Curve
 from fairchem_scd.errors import ConfigError
 
 ENDINGS = ("_mae", "loss", "_mae_other", "_mae_none", "_mae_zero", "condition_gain", "_over_none", "_error")

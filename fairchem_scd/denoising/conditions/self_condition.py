@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.conditions.modulation import BoundModulation, Modulation
+from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.errors import ConfigError
 
 NullForm = Literal["identity", "mask_token"]
@@ -174,8 +175,8 @@ def check_exportable(state_keys: Iterable[str]) -> None:
     """Raise ConfigError unless the plain model computes what the model of a state dict does without a condition."""
     if null_form(state_keys) == "mask_token":
         raise ConfigError(
-            "trained with task.denoising.scd.null_condition: mask_token, which stands for the condition in every pass: "
-            "the plain model computes something else. Where this package is installed it works as it is"
+            f"trained with {key_of('scd', 'null_condition')}: mask_token, which stands for the condition in every "
+            "pass: the plain model computes something else. Where this package is installed it works as it is"
         )
 
 
@@ -197,11 +198,11 @@ def check_same_form(key: str, source: Iterable[str], target: Iterable[str]) -> N
     if trained == "mask_token" and wanted != "mask_token":
         raise ConfigError(
             f"{key}: its backbone was trained under a mask token in every pass; keep it with "
-            "task.denoising.scd.null_condition: mask_token (prob: 0 if SCD itself is to stop)"
+            f"{key_of('scd', 'null_condition')}: mask_token (prob: 0 if SCD itself is to stop)"
         )
     if trained == "identity" and wanted == "mask_token":
         raise ConfigError(
-            f"{key}: trained with task.denoising.scd.null_condition: identity, and this config says mask_token; the "
+            f"{key}: trained with {key_of('scd', 'null_condition')}: identity, and this config says mask_token; the "
             "two forms read their weights in different ways, so make them agree"
         )
 

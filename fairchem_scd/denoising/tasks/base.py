@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.conditions import SelfCondition
+from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.corruption import Corruption
 from fairchem_scd.denoising.plan import Objective, Pass
 from fairchem_scd.denoising.running_scale import RunningScale
@@ -168,13 +169,13 @@ class DenoisingTask(ABC):
         movable = [s for s in sample if bool(self.movable(s).any())]
         if not movable:
             raise ConfigError(
-                f"task.denoising.{self.name}: every atom of the {len(sample)} structures {origin} is fixed, so none "
+                f"{key_of(self.name)}: every atom of the {len(sample)} structures {origin} is fixed, so none "
                 "may move; set all_atoms: true to move fixed atoms too"
             )
         if all(len(s.pos) == 1 for s in movable):
             raise ConfigError(
-                f"task.denoising.{self.name}: the {len(sample)} structures {origin} have one atom each, whose noise "
-                "nobody can know; task.denoising.repeat_cells makes larger structures of small cells"
+                f"{key_of(self.name)}: the {len(sample)} structures {origin} have one atom each, whose noise "
+                f"nobody can know; make larger cells of them (on fairchem 1.x {key_of('repeat_cells')} does)"
             )
 
     @abstractmethod
@@ -202,6 +203,11 @@ class DenoisingTask(ABC):
         return torch.ones(len(structures.natoms), dtype=torch.bool)
 
     def _force_encoding(self, structures: Structures, corruption: Corruption) -> tuple[Tensor, Tensor, Tensor]:
-        """Arguments of a ForceEncoding that tells corrupted atoms their forces in the original structure."""
+        """Arguments of a ForceEncoding that tells corrupted atoms their forces in the original structure.
+
+        An atom is told nothing where its force is not finite, which is how hosts mark a label that is missing.
+        """
         forces = require(structures.forces, "forces", self.name)
-        return forces, corruption.mask, corruption.sigma[corruption.batch]
+        known = forces.isfinite().all(dim=-1)
+        told = torch.where(known[:, None], forces, 0.0)
+        return told, corruption.mask & known, corruption.sigma[corruption.batch]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fairchem_scd.denoising.conditions import ForceEncoding
+from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.corruption import Corruption, corrupt
 from fairchem_scd.denoising.plan import Objective, Pass
 from fairchem_scd.denoising.settings import DensSettings
@@ -38,17 +39,17 @@ class Dens(DenoisingTask):
     def check(self, outputs: Collection[str], trained: Collection[str]) -> None:
         for key, names in (("outputs", outputs), ("loss_functions", trained)):
             if "forces" not in names:
-                raise ConfigError(f"{key}: no 'forces'; task.denoising.dens trains noise in their place")
+                raise ConfigError(f"{key}: no 'forces'; {key_of('dens')} trains noise in their place")
         s = self.settings
         if s.corrupt_ratio is None and s.strict_max_ratio is not None and s.strict_max_ratio < 1:
             raise ConfigError(
-                "task.denoising.dens.strict_max_ratio: with corrupt_ratio: null every atom is drawn to move, so no "
+                f"{key_of('dens', 'strict_max_ratio')}: with corrupt_ratio: null every atom is drawn to move, so no "
                 "structure would be corrupted; leave it out, or give corrupt_ratio a number"
             )
         for name in s.train_outputs if "train_outputs" in s.model_fields_set else ():
             if name not in outputs:
                 known = ", ".join(n for n in outputs if n != "forces")
-                raise ConfigError(f"task.denoising.dens.train_outputs: '{name}' is not an output; outputs: {known}")
+                raise ConfigError(f"{key_of('dens', 'train_outputs')}: '{name}' is not an output; outputs: {known}")
 
     def modules(self, backbone: Backbone) -> TaskModules:
         s = self.settings
@@ -85,9 +86,11 @@ class Dens(DenoisingTask):
         )
 
     def _excluded(self, structures: Structures) -> Tensor:
-        """[B] bool: structures that a mark in the data or a guard in the settings leaves alone."""
+        """[B] bool: structures without force labels, and those that a mark in the data or a setting leaves alone."""
         s = self.settings
         excluded = torch.zeros(len(structures.natoms), dtype=torch.bool)
+        if structures.forces is not None:
+            excluded[structures.batch[~structures.forces.isfinite().all(dim=-1)]] = True
         if s.exclude_md and structures.md is not None:
             excluded |= structures.md
         if s.honour_skip_dens and structures.skip_dens is not None:

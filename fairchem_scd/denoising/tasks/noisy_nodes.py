@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 
+from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.corruption import Corruption, corrupt
 from fairchem_scd.denoising.plan import Objective, Pass
 from fairchem_scd.denoising.settings import NoisyNodesSettings
@@ -25,10 +26,12 @@ class NoisyNodes(DenoisingTask):
     def check(self, outputs: Collection[str], trained: Collection[str]) -> None:
         if "forces" in trained and self.settings.std > _LARGEST_BESIDE_FORCES:
             logging.warning(
-                "task.denoising.noisy_nodes.std: %g Å. The force labels belong to the structure without the noise, so "
+                "%s: %g Å. The force labels belong to the structure without the noise, so "
                 "this is noise on the labels: about 4 meV/Å on metal slabs for 0.0005 Å, 77 to 123 meV/Å on molecules "
-                "for 0.005 Å (measured). Beside forces use task.denoising.scd or dens, whose labels stay exact",
+                "for 0.005 Å (measured). Beside forces use %s or dens, whose labels stay exact",
+                key_of(self.name, "std"),
                 self.settings.std,
+                key_of("scd"),
             )
 
     def modules(self, backbone: Backbone) -> TaskModules:

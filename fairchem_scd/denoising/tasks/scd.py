@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fairchem_scd.denoising.conditions import ForceEncoding, SelfCondition
 from fairchem_scd.denoising.conditions.self_condition import check_null_form
+from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.corruption import Corruption, corrupt
 from fairchem_scd.denoising.plan import VALIDATION, AtomSubset, Objective, Pass
 from fairchem_scd.denoising.random import stream
@@ -59,12 +60,12 @@ class Scd(DenoisingTask):
     def check(self, outputs: Collection[str], trained: Collection[str]) -> None:
         if self.supervised and self.settings.embed_tags is None and self.settings.std_reg:
             raise ConfigError(
-                "task.denoising.scd.std_reg: the clean pass also trains the config's outputs, whose labels belong to "
+                f"{key_of('scd', 'std_reg')}: the clean pass also trains the config's outputs, whose labels belong to "
                 "the structure as it is; leave std_reg out"
             )
         if self.settings.recompute_clean_pass and not (self.supervised or self._embeds):
             raise ConfigError(
-                "task.denoising.scd.recompute_clean_pass: there is no clean pass where no outputs are trained and "
+                f"{key_of('scd', 'recompute_clean_pass')}: there is no clean pass where no outputs are trained and "
                 "condition does not name 'self'; leave it out"
             )
 
@@ -81,12 +82,12 @@ class Scd(DenoisingTask):
             if max(counts) < 2:
                 what = "more than one atom" if max(counts) else "an atom"
                 raise ConfigError(
-                    f"task.denoising.scd.{key}: none of the {len(sample)} structures {origin} has {what} with the "
+                    f"{key_of('scd', key)}: none of the {len(sample)} structures {origin} has {what} with the "
                     f"tags {sorted(tags)}; their tags: {present}"
                 )
         if not any(self.corrupt(structures, seed=0, step=VALIDATION).mask.any() for structures in sample):
             raise ConfigError(
-                f"task.denoising.scd: of the {len(sample)} structures {origin} none has anything to denoise: free "
+                f"{key_of('scd')}: of the {len(sample)} structures {origin} none has anything to denoise: free "
                 f"atoms{f' with the tags {sorted(s.denoise_tags)}' if s.denoise_tags else ''}, two or more of them"
             )
 

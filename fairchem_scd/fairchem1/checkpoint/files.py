@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fairchem_scd.errors import ConfigError
+from fairchem_scd.host import missing
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -17,12 +18,18 @@ def read(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ConfigError: the file is no fairchem checkpoint.
+        ConfigError: the file is no fairchem checkpoint, or one of fairchem 2.x.
     """
+    if (Path(path) / "resume.yaml").is_file():
+        raise ConfigError(missing(f"{path}", 2))
     if not Path(path).is_file():
         raise FileNotFoundError(errno.ENOENT, "checkpoint file not found", str(path))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fairchem.core.units"):  # which an inference checkpoint of 2.x asks for
+            raise ConfigError(missing(f"{path}", 2)) from error
+        raise ConfigError(f"{path}: not a checkpoint that can be read here ({error})") from error
     except Exception as error:
         raise ConfigError(f"{path}: not a checkpoint, or cut short ({error})") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "config"} <= set(checkpoint):

@@ -1,0 +1,1 @@
+"""What the commands do where fairchem 2.x is installed."""

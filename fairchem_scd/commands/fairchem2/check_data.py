@@ -1,0 +1,124 @@
+"""What the data of a fairchem 2.x config holds, and how far a task moves its atoms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+from ase.neighborlist import primitive_neighbor_list
+from fairchem.core.datasets.atomic_data import AtomicData
+
+from fairchem_scd.commands.check.report import Report
+from fairchem_scd.commands.fairchem2.embeddings import collated
+from fairchem_scd.denoising.config_keys import block_called, key_of
+from fairchem_scd.denoising.tasks import DenoisingTask
+from fairchem_scd.errors import DataError, first_line
+from fairchem_scd.fairchem2.batch import structures_of
+from fairchem_scd.fairchem2.setup import KEY
+from fairchem_scd.fairchem2.unit import DenoisingTrainEvalUnit
+
+_ROWS = 32
+"""Of each split so many are looked at."""
+
+_CUTOFF = 6.0
+_FAR = 0.25
+"""Share of the nearest-neighbour distance. Noise that moves atoms further is reported: they begin to change places."""
+
+
+def describe(split: str, dataset: Any, tasks: Sequence[Any], report: Report) -> list[AtomicData]:
+    """Report what rows evenly spaced over a dataset hold, and return them.
+
+    Args:
+        split: "train" or "val".
+        dataset: of a loader.
+        tasks: the host's.
+        report: gets the lines.
+
+    Raises:
+        DataError: a row cannot be read; names it.
+    """
+    indices = np.unique(np.linspace(0, len(dataset) - 1, min(_ROWS, len(dataset))).round().astype(int))
+    rows = [_row(dataset, int(index), split) for index in indices]
+    counts = np.array([len(row.pos) for row in rows])
+    elements = torch.cat([row.atomic_numbers.view(-1) for row in rows]).long().unique().tolist()
+    low, high = int(counts.min()), int(counts.max())
+    atoms = f"{low} atoms" if low == high else f"{low} to {high} atoms (median {np.median(counts):g})"
+    symbols = " ".join(chemical_symbols[z] for z in elements)
+    report.say(split, f"{len(dataset)} structures; in {len(rows)} looked at: {atoms}, elements {symbols}")
+    free = 1 - float(torch.cat([row.fixed.view(-1) != 0 for row in rows]).float().mean())
+    names = ", ".join(sorted({row.dataset_name for row in rows}))
+    report.say("", f"{100 * free:.0f} % of the atoms are free; data sets: {names}")
+    labels = [_label(prop, rows) for prop in dict.fromkeys(task.property for task in tasks)]
+    report.say("", "labels: " + (", ".join(labels) if labels else "none are used"))
+    return rows
+
+
+def _row(dataset: Any, index: int, split: str) -> AtomicData:
+    try:
+        row = dataset[index]
+    except Exception as error:
+        raise DataError(f"{split}: structure {index} cannot be read ({first_line(error)})") from error
+    if not bool(row.pos.isfinite().all()):
+        raise DataError(f"{split}: structure {index} (sid {row.sid}): positions that are not finite")
+    return row
+
+
+def _label(prop: str, rows: Sequence[AtomicData]) -> str:
+    values = [row[prop].float() for row in rows if prop in row]
+    if not values:
+        return f"{prop} (absent)"
+    flat = torch.cat([v.reshape(-1) for v in values])
+    if not bool(flat.isfinite().all()):
+        return f"{prop} (some are not finite: they are left out)"
+    if prop == "forces":
+        return f"forces (|F| up to {max(float(v.norm(dim=-1).max()) for v in values):.3g} eV/Å)"
+    return f"{prop} ({float(flat.min()):.4g} to {float(flat.max()):.4g})"
+
+
+def describe_corruption(
+    task: DenoisingTask, rows: Sequence[AtomicData], unit: DenoisingTrainEvalUnit, report: Report
+) -> None:
+    """Report which atoms a task moves, and how far compared with the distance to their nearest neighbours."""
+    batch = collated(rows, without=())
+    adapter = unit.model.module.adapter
+    structures = structures_of(batch, adapter.periodic(batch.pbc), [])
+    with block_called(KEY):
+        corruption = task.corrupt(structures, seed=unit.draw_task.seed, step=1)
+        key = key_of(task.name)
+    lengths = corruption.noise[corruption.mask].norm(dim=-1)
+    if not len(lengths):
+        report.problem(f"{key} moves no atom of the {len(rows)} structures looked at")
+        return
+    nearest = np.concatenate([nearest_neighbours(row) for row in rows[:8]])
+    mean, typical = float(lengths.mean()), float(np.median(nearest))
+    report.say(
+        task.name,
+        f"moves {100 * float(corruption.mask.float().mean()):.0f} % of the atoms by {mean:.3g} Å on average (at most "
+        f"{float(lengths.max()):.3g})",
+    )
+    if np.isfinite(typical):
+        report.say(
+            "",
+            f"that is {100 * mean / typical:.2g} % of the distance to the nearest neighbour (median {typical:.3g} Å, "
+            f"least {float(nearest.min()):.3g} Å)",
+        )
+        if mean > _FAR * typical:
+            report.caution(
+                f"{key} moves atoms by {100 * mean / typical:.0f} % of the distance to their nearest neighbour: they "
+                "may change places, and then the noise cannot be seen from the structure"
+            )
+    idle = int((~corruption.corrupted).sum())
+    if idle:
+        report.say("", f"{idle} of {len(rows)} structures have nothing to denoise and are left out of its loss")
+
+
+def nearest_neighbours(row: AtomicData) -> np.ndarray:
+    """[N] distance of each atom of a row to its nearest neighbour, Å; infinite where there is none within 6 Å."""
+    cell, pbc = row.cell.view(3, 3).double().numpy(), row.pbc.view(-1).numpy()
+    index, distance = primitive_neighbor_list("id", pbc, cell, row.pos.double().numpy(), _CUTOFF)
+    nearest = np.full(len(row.pos), np.inf)
+    np.minimum.at(nearest, index, distance)
+    return nearest

@@ -1,0 +1,118 @@
+"""eSCN-MD and its mixture of experts, which is UMA's backbone; direct forces or the energy's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from fairchem.core.models.uma.escn_md import Linear_Force_Head, eSCNMDBackbone
+from fairchem.core.models.uma.escn_moe import eSCNMDMoeBackbone
+from torch import Tensor, nn
+
+from fairchem_scd.denoising.adapter import Adapter, register_adapter
+from fairchem_scd.denoising.conditions import BoundModulation
+from fairchem_scd.denoising.hooks import StateOfPass, changed_inputs, changed_output, with_scalars
+
+
+@register_adapter
+class ESCNMDAdapter(Adapter):
+    """Atoms have spherical-harmonic coefficients [N, (lmax + 1)², C], whose row 0 is l = 0."""
+
+    host_class = eSCNMDBackbone
+    names = ("escnmd_backbone", "eSCNMDBackbone")
+
+    def vector_head(self) -> nn.Module:
+        return Linear_Force_Head(self.backbone)
+
+    @property
+    def conservative(self) -> bool:
+        regress = self.backbone.regress_config
+        return not regress.direct_forces and (regress.forces or regress.stress)
+
+    @contextmanager
+    def skip_energy_readout(self) -> Iterator[None]:
+        # One object that the backbone and all its heads share. The backbone prepares for derivatives by it.
+        regress = self.backbone.regress_config
+        before = regress.forces, regress.stress
+        if self.conservative:
+            regress.forces = regress.stress = False
+        try:
+            yield
+        finally:
+            regress.forces, regress.stress = before
+
+    def periodic(self, pbc: Tensor) -> Tensor:
+        """[B, 3] bool: the directions in which the backbone repeats structures whose own `pbc` [B, 3] is given.
+
+        The host's second search for neighbours, the default, goes by the data whatever `always_use_pbc` says.
+        """
+        always = self.backbone.always_use_pbc and self.backbone.radius_pbc_version != 2
+        return torch.ones_like(pbc) if always else pbc
+
+    # --- the condition of SCD -----------------------------------------------------------------------------------------
+
+    @property
+    def scalar_channels(self) -> int:
+        return self.backbone.sphere_channels
+
+    def scalars(self, embedding: Any) -> Tensor:
+        return embedding["node_embedding"][:, 0]
+
+    def element_embeddings(self) -> Iterable[nn.Module]:
+        return (self.backbone.sphere_embedding,)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.backbone.blocks
+
+    @contextmanager
+    def modulated(self, block: nn.Module, index: int, modulation: BoundModulation) -> Iterator[None]:
+        def enter(normed: Tensor) -> Tensor:
+            return with_scalars(normed, [0], partial(modulation.scalars, index))
+
+        def leave(update: Tensor) -> Tensor:
+            return with_scalars(update, [0], partial(modulation.update, index))
+
+        # Activation checkpointing is inside edge_wise, so neither hook is needed again in backward.
+        with changed_output(block.norm_1, enter), changed_output(block.edge_wise, leave):
+            yield
+
+    # --- the condition of DeNS ----------------------------------------------------------------------------------------
+
+    @property
+    def encoding_spec(self) -> dict[str, Any]:
+        backbone = self.backbone
+        return {"lmax_list": [backbone.lmax], "channels": backbone.sphere_channels, "bound": 1.0}
+
+    def encoded(self, encoding: Tensor) -> AbstractContextManager[None]:
+        # The edge-degree embedding gets the atoms' first features and adds to them.
+        return changed_inputs(self.backbone.edge_degree_embedding, lambda x, *rest: (x + encoding, *rest))
+
+
+@register_adapter
+class ESCNMDMoeAdapter(ESCNMDAdapter):
+    """The same with linear layers that mix experts by the structure's composition, charge, spin and data set.
+
+    The mix, and how many edges each structure has, are kept in one object for the whole backbone, which the next pass
+    overwrites.
+    """
+
+    host_class = eSCNMDMoeBackbone
+    names = ("escnmd_moe_backbone", "eSCNMDMoeBackbone")
+
+    def recomputed(self, heads: Iterable[nn.Module]) -> Iterable[tuple[nn.Module, str]]:
+        owners = (*(block.edge_wise for block in self.blocks), self.backbone.edge_degree_embedding)
+        return [(owner, "forward_chunk") for owner in owners if owner.activation_checkpoint_chunk_size is not None]
+
+    def state_of_pass(self) -> StateOfPass[tuple[Tensor, Tensor]] | None:
+        experts = getattr(self.backbone, "global_mole_tensors", None)
+        if experts is None:  # num_experts: 0
+            return None
+
+        def write(state: tuple[Tensor, Tensor]) -> None:
+            experts.expert_mixing_coefficients, experts.mole_sizes = state
+
+        return StateOfPass(lambda: (experts.expert_mixing_coefficients, experts.mole_sizes), write)

@@ -1,0 +1,185 @@
+"""Rows that cannot be trained on: found where they are read, and named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ase.data import chemical_symbols
+from fairchem.core.datasets.atomic_data import AtomicData
+from fairchem.core.datasets.collaters.mt_collater import MTCollater
+from fairchem.core.datasets.mt_concat_dataset import ConcatDataset
+from fairchem.core.units.mlip_unit.mlip_unit import Task
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fairchem_scd.denoising.adapter import Adapter
+from fairchem_scd.denoising.tasks import DenoisingTask
+from fairchem_scd.errors import ConfigError, DataError
+from fairchem_scd.fairchem2.batch import structures_of
+
+_SAMPLE = 32
+_ENOUGH = 100
+"""After so many bad rows one after the other, reading ends in an error."""
+
+
+class Guarded(Dataset):
+    """A dataset of the host in which the next good row takes the place of a bad one.
+
+    Every row says under `bad_data` what was wrong with the rows whose place it takes, "" if it takes none. Whether
+    that ends the run is decided by the unit, on all ranks at once.
+
+    Args:
+        dataset: of the host: one data set, and one split of it.
+        name: as the host calls it, such as "omat.train".
+        check: raises DataError for a row that cannot be trained on.
+    """
+
+    def __init__(self, dataset: Any, name: str, check: Callable[[AtomicData], None]) -> None:
+        self.dataset, self.name, self.check = dataset, name, check
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset" or name.startswith("__"):  # while it is unpickled, in a loader's process
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __getitem__(self, index: int) -> AtomicData:
+        found: list[str] = []
+        for offset in range(min(len(self), _ENOUGH)):
+            row, error = self.read((index + offset) % len(self))
+            if error is None:
+                row.bad_data = "\n".join(found)
+                return row
+            found.append(error)
+        raise DataError(f"{len(found)} rows one after the other cannot be trained on; the first: {found[0]}")
+
+    def read(self, index: int) -> tuple[AtomicData | None, str | None]:
+        """The row and None, or None and what is wrong with the row, with its name."""
+        where = f"{self.name}, row {self._place(index)}"
+        try:
+            row = self.dataset[index]
+        except Exception as error:  # of lmdb, zlib, ase …
+            return None, f"{where}: cannot be read: {type(error).__name__}: {error}"
+        try:
+            self.check(row)
+        except DataError as error:
+            return None, f"{where}{_sid(row)}: {error}"
+        return row, None
+
+    def sample(self, *, skip: bool) -> list[AtomicData]:
+        """Rows evenly spaced over the data.
+
+        Args:
+            skip: leave bad rows out.
+
+        Raises:
+            DataError: all rows are bad, or one is bad and `skip` is False.
+        """
+        last, parts = len(self) - 1, max(min(len(self), _SAMPLE) - 1, 1)
+        rows, errors = [], []
+        for index in sorted({k * last // parts for k in range(parts + 1)}):
+            row, error = self.read(index)
+            rows += [] if row is None else [row]
+            errors += [] if error is None else [error]
+        if errors and (not skip or not rows):
+            raise DataError(errors[0])
+        return rows
+
+    def _place(self, index: int) -> int:
+        """The row's number in the data; the host's splits may be subsets of it."""
+        indices = getattr(self.dataset, "indices", None)
+        return index if indices is None else int(indices[index])
+
+
+def guard(loader: Any, check: Callable[[AtomicData], None]) -> Sequence[Guarded]:
+    """Put guards around the datasets of a loader of the host, in place, and return them; none if it is of another kind.
+
+    It must be done before the loader is iterated over, since its processes get copies.
+    """
+    concat = getattr(loader, "dataset", None)
+    if not isinstance(concat, ConcatDataset):
+        return []
+    concat.datasets = [
+        dataset if isinstance(dataset, Guarded) else Guarded(dataset, name, check)
+        for name, dataset in zip(concat.dataset_names, concat.datasets, strict=True)
+    ]
+    return concat.datasets
+
+
+def check_loader(loader: Any, host_tasks: Sequence[Task]) -> None:
+    """Raise ConfigError where a loader would make batches for tasks that are not there."""
+    if not host_tasks and isinstance(getattr(loader, "collate_fn", None), MTCollater):
+        raise ConfigError(
+            "collate_fn of a data loader: mt_collater_adapter makes batches for tasks, and there are none; use "
+            "{_target_: fairchem.core.datasets.collaters.simple_collater.data_list_collater, _partial_: true, "
+            "otf_graph: true}"
+        )
+
+
+def check_sample(
+    guarded: Guarded, tasks: Mapping[str, DenoisingTask], host_tasks: Sequence[Task], adapter: Adapter, *, skip: bool
+) -> None:
+    """Check that denoising tasks can train on a sample of the data.
+
+    Raises:
+        ConfigError: they cannot; the message names the task.
+        DataError: a row is bad, and `skip` is False.
+    """
+    rows = guarded.sample(skip=skip)
+    sample = [structures_of(row, adapter.periodic(row.pbc), host_tasks) for row in rows]
+    for task in tasks.values():
+        task.check_sample(sample, f"sampled from {guarded.name}")
+
+
+def check_row(row: AtomicData, host_tasks: Sequence[Task], max_num_elements: int) -> None:
+    """Check a row of a dataset.
+
+    An infinite label counts as one that is missing, as it does to the host, but not as a bad one.
+
+    Args:
+        row: as the host's dataset gives it.
+        host_tasks: the tasks that train.
+        max_num_elements: one more than the highest atomic number that the model knows.
+
+    Raises:
+        DataError: it has no atoms, an element beyond the model's table, a position or cell that is not finite, or a
+            label that is missing or not a number.
+    """
+    if not len(row.pos):
+        raise DataError("a structure without atoms")
+    highest = int(row.atomic_numbers.max())
+    if highest >= max_num_elements:
+        name = chemical_symbols[highest] if highest < len(chemical_symbols) else "?"
+        raise DataError(
+            f"element {highest} ({name}) is beyond the model's table, which ends at {max_num_elements - 1}; raise "
+            "max_num_elements of the backbone"
+        )
+    for key in ("pos", "cell"):
+        if not bool(row[key].isfinite().all()):
+            raise DataError(f"{key} is not finite: {_first(row[key], ~row[key].isfinite())}")
+    for name in _labels(row, host_tasks):
+        if name not in row:
+            raise DataError(
+                f"no label '{name}', which runner.train_eval_unit.tasks trains on the data set {row.dataset[0]}; its "
+                f"keys: {', '.join(sorted(row.keys()))}"
+            )
+        if bool(row[name].isnan().any()):
+            raise DataError(f"label '{name}' is not a number: {_first(row[name], row[name].isnan())}")
+
+
+def _labels(row: AtomicData, host_tasks: Sequence[Task]) -> Iterator[str]:
+    dataset = row.dataset[0] if "dataset" in row else None
+    return (task.name for task in host_tasks if dataset in task.datasets)
+
+
+def _first(values: Tensor, wrong: Tensor) -> list[float]:
+    """The first line of a tensor in which an element is wrong."""
+    lines, marks = values.reshape(-1, values.shape[-1]), wrong.reshape(-1, values.shape[-1])
+    return lines[int(marks.any(dim=1).nonzero()[0])].tolist()
+
+
+def _sid(row: AtomicData) -> str:
+    return f" (sid {row.sid[0]})" if row.sid and row.sid[0] else ""
