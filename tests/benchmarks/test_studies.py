@@ -212,7 +212,7 @@ def test_held_out_structures_are_judged_as_the_package_does_in_either_form(form:
     rows = batch.to_data_list()
     trainer = SimpleNamespace(
         _unwrapped_model=model,
-        tasks=model.tasks,
+        tasks=model.denoising_tasks,
         val_dataset=rows,
         collater=lambda some: data_list_collater(some, otf_graph=True),
     )

@@ -36,7 +36,7 @@ def parts(batch: Any, sizes: list[int]) -> list[Any]:
 
 def judged(model: ToyModel, batches: list[Any]) -> ConditionJudge:
     """A judge after both sweeps."""
-    judge = ConditionJudge(model.eval(), model.tasks["scd"], model)
+    judge = ConditionJudge(model.eval(), model.denoising_tasks["scd"], model)
     with torch.no_grad():
         for batch in batches:
             judge.first(copy.deepcopy(batch))
@@ -69,7 +69,7 @@ def toy(block: dict[str, Any] | None = None, supervised: bool = False) -> ToyMod
 def test_errors_are_those_of_a_loop_over_structures(block, supervised):
     """Each structure by itself, told an embedding that was made of its partner by itself."""
     model = toy(block, supervised)
-    task, condition = model.tasks["scd"], model.denoising["scd"].condition
+    task, condition = model.denoising_tasks["scd"], model.denoising["scd"].condition
     alone = [clusters((n,), first=i) for i, n in enumerate(SIZES)]
     whole = clusters(SIZES)
     keys = keys_of(whole)
@@ -138,7 +138,7 @@ class Telling(ToyModel):
     def __init__(self, count: int, size: int) -> None:
         super().__init__({"scd": {"std": SIGMA, "all_atoms": True}}, supervised=False)
         self.whole = clusters((size,) * count)
-        corruption = self.tasks["scd"].corrupt(structures_of(self.whole), seed=0, step=VALIDATION)
+        corruption = self.denoising_tasks["scd"].corrupt(structures_of(self.whole), seed=0, step=VALIDATION)
         self.noise = corruption.noise.view(count, size, 3)
         self.told: torch.Tensor | None = None
 
@@ -269,19 +269,19 @@ def test_a_key_is_of_elements_positions_and_cell():
 def test_a_task_without_an_embedding_cannot_be_judged():
     model = models({"scd": {"condition": []}}, supervised=False)[1]
     with pytest.raises(ConfigError, match="told no embedding"):
-        ConditionJudge(model, model.tasks["scd"], model)
+        ConditionJudge(model, model.denoising_tasks["scd"], model)
 
 
 def test_validation_judges_in_pre_training_and_where_it_is_asked_to():
     def judges(supervised: bool, **settings: Any) -> bool:
-        return models({"scd": settings}, supervised)[1].tasks["scd"].judges_condition
+        return models({"scd": settings}, supervised)[1].denoising_tasks["scd"].judges_condition
 
     assert judges(False)
     assert not judges(False, judge_condition=False)
     assert not judges(False, condition=[])
     assert not judges(True)
     assert judges(True, judge_condition=True)
-    assert not models({"noisy_nodes": {}}, False)[1].tasks["noisy_nodes"].judges_condition
+    assert not models({"noisy_nodes": {}}, False)[1].denoising_tasks["noisy_nodes"].judges_condition
     with pytest.raises(ConfigError, match="judge_condition"):
         judges(True, condition=[], judge_condition=True)
 

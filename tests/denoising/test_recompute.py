@@ -193,4 +193,4 @@ def test_where_there_is_no_clean_pass_the_setting_is_refused():
     block = {"scd": {"condition": ["forces"], "recompute_clean_pass": True}}
     model_and_plans({"condition": ["forces"]})  # beside labels there is one
     with pytest.raises(ConfigError, match="recompute_clean_pass: there is no clean pass"):
-        models(block, supervised=False)[1].tasks["scd"].check((), ())
+        models(block, supervised=False)[1].denoising_tasks["scd"].check((), ())
