@@ -119,8 +119,8 @@ def _count(block: int) -> str:
 class DifferenceJudge(ConditionJudge):
     """Judges a `DifferenceHydra`, whose blocks are told how far the noisy structure is from the embedding."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.differences: list[Tensor] = []
 
     def first(self, batch: Any) -> None:
