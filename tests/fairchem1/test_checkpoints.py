@@ -579,12 +579,6 @@ def test_a_checkpoint_that_is_not_there_or_does_not_fit(finished, data, tmp_path
 # --- which parameters have weight decay ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "decays"), [("escn", False), ("equiformer_v2", True)])
-def test_the_force_encoding_has_weight_decay_where_it_has_in_the_dens_authors_code(name, decays, finished):
-    trainer, _ = finished("dens", name)
-    assert bool(decayed(trainer)["denoising.dens.encoding.force_weight"]) == decays
-
-
 @pytest.fixture
 def of_before(data, tmp_path, monkeypatch):
     """A run of eSCN with DeNS, and its checkpoint, from when the force encoding had weight decay there too."""

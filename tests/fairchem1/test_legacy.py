@@ -130,11 +130,12 @@ def test_the_optimiser_decays_what_it_always_did(name, options, data, tmp_path):
         assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0, 0.001]
     for theirs, ours in zip(*groups, strict=True):
         assert [n for n in ours if not n.startswith("denoising.")] == [hydra_key(n) for n in theirs]
-    # What is added: the noise head as the force head that it is another of, and the encoding's weights with decay.
+    # What is added: the noise head as the force head that it is another of, and the encoding as the DeNS authors do.
     spared, added = ([n.removeprefix("denoising.dens.") for n in group if "denoising." in n] for group in groups[1])
     forces = [[n for n in group if n.startswith("force_block.")] for group in groups[0]]
-    assert spared == [f"noise_head.{n}" for n in forces[0]]
-    assert sorted(added) == sorted(["encoding.force_weight", *(f"noise_head.{n}" for n in forces[1])])
+    encoding = [["encoding.force_weight"], []] if name == "escn" else [[], ["encoding.force_weight"]]
+    assert sorted(spared) == sorted([f"noise_head.{n}" for n in forces[0]] + encoding[0])
+    assert sorted(added) == sorted([f"noise_head.{n}" for n in forces[1]] + encoding[1])
 
 
 # --- what the hydra cannot keep -------------------------------------------------------------------------------------
