@@ -152,7 +152,7 @@ def noise_target(corruption: Corruption, rows: Tensor, scale: float | Tensor, de
         scale: s, Å.
         device: of the result.
     """
-    return corruption.noise[rows].to(device) / scale
+    return corruption.noise[rows].to(device, non_blocking=True) / scale
 
 
 def noise_in_angstrom(noise: Tensor, scale: float | Tensor) -> Tensor:

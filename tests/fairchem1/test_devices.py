@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
+import fairchem_scd
 from benchmarks import stand_ins
 from fairchem_scd.denoising.plan import Plan
 from fairchem_scd.testing import collate, gradients, make_trainer, plan_of
@@ -15,6 +17,7 @@ from tests.support.configs import pretraining, tiny_config
 from tests.support.models import hydra_arguments
 from tests.support.other_device import DEVICE, other_device
 
+PACKAGE = str(Path(fairchem_scd.__file__).parent)
 SCHEDULE = {"num_steps": 3, "std_low": 0.01, "std_high": 0.1}
 TAGS = {"embed_tags": [0, 1], "denoise_tags": [2]}
 TASKS = {
@@ -55,13 +58,17 @@ def moved(config, folder):
 
 
 @pytest.mark.parametrize(("block", "config"), TASKS.values(), ids=TASKS)
-def test_a_step_has_all_its_tensors_on_the_models_device(block, config, rows, data, tmp_path):
-    with other_device():
+def test_a_step_has_all_its_tensors_on_the_models_device_and_waits_once(block, config, rows, data, tmp_path):
+    with other_device() as waits:
         trainer = moved(config(data, denoising=block), tmp_path)
         trainer.model.train()
         trainer.step = 1
+        waits.clear()
         loss = step(trainer, collate(rows[:2]))
         loss.backward()
+        # For the log, one transfer; else nothing of this package lets the CPU wait for the device.
+        assert [Path(name).name for name in waits if name.startswith(PACKAGE)] == ["step.py"]
+        assert len(waits) > 50  # the host does
         assert loss.device.type == DEVICE.type
         assert loss.isfinite().item()
         assert all(p.grad is not None for p in trainer.model.parameters() if p.requires_grad)

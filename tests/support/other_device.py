@@ -6,8 +6,10 @@ that graphs, masks and whatever else depends on them are those of a real run.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,10 +21,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 DEVICE = torch.device("meta")  # the only one besides the CPU whose backward runs where there is no such device
 
 _aten = torch.ops.aten
-# What may cross on a GPU: copies; indices into a tensor of the device; single numbers, but not into a larger tensor.
+# What may cross on a GPU: copies; indices, into a tensor of the device; single numbers, but not joined with others.
 _COPIES = {_aten._to_copy, _aten.copy_}
 _INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
 _JOINING = {_aten.cat, _aten.stack}
+# For which the CPU waits until a GPU has computed, to know a value or the size of the result.
+_WAITING = {_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.repeat_interleave, _aten.equal}
+_WAITING |= {_aten.bincount, _aten._unique2, _aten.unique_consecutive, _aten.unique_dim}
 
 
 class _Elsewhere(Tensor):
@@ -41,7 +46,7 @@ class _Elsewhere(Tensor):
         return made
 
     def tolist(self) -> Any:
-        return self.values.tolist()
+        return self.to("cpu").tolist()
 
     def new_tensor(self, data: Any, **options: Any) -> Tensor:
         return _Elsewhere(self.values.new_tensor(_numbers(data), **options))
@@ -55,8 +60,31 @@ class _Elsewhere(Tensor):
 
 
 class _Mode(TorchDispatchMode):
+    """Runs every operation, and notes in `waits` the files that let the CPU wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _waits(func.overloadpacket, args, kwargs or {}):
+            frames = (frame.f_code.co_filename for frame, _ in traceback.walk_stack(None))
+            own = (__file__, str(Path(torch.__file__).parent))
+            self.waits.append(next((name for name in frames if not name.startswith(own)), ""))
         return _run(func, args, kwargs or {})
+
+
+def _waits(operation: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    tensors = [isinstance(value, _Elsewhere) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    if operation is _aten._to_copy and kwargs.get("device") is not None:
+        crosses = tensors[0] != (kwargs["device"].type == DEVICE.type)
+        return crosses and (tensors[0] or not kwargs.get("non_blocking"))
+    if operation is _aten.copy_:
+        return tensors[0] != tensors[1] and not (len(args) > 2 and args[2])
+    if operation in _INDEXING and tensors[0]:  # masks are turned into numbers, and the CPU's are copied
+        indices = [value for value in args[1] if value is not None]
+        return any(value.dtype == torch.bool or not isinstance(value, _Elsewhere) for value in indices)
+    return operation in _WAITING and any(tensors) and kwargs.get("output_size") is None
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -92,8 +120,12 @@ def _numbers(data: Any) -> Any:
 
 
 @contextmanager
-def other_device() -> Iterator[None]:
-    """While entered, tensors can be moved to `DEVICE`, and an operation on tensors of both devices raises."""
+def other_device() -> Iterator[list[str]]:
+    """While entered, tensors can be moved to `DEVICE`, and an operation on tensors of both devices raises.
+
+    Yields:
+        A list that grows by the name of the file for each operation after which the CPU would wait for a GPU.
+    """
     autocast, made = torch.autocast.__init__, torch.tensor
 
     def init(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
@@ -105,5 +137,4 @@ def other_device() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.autocast, "__init__", init))
         stack.enter_context(mock.patch.object(torch, "tensor", tensor))
-        stack.enter_context(_Mode())
-        yield
+        yield stack.enter_context(_Mode()).waits

@@ -157,7 +157,7 @@ def with_trained_atoms(step: DenoisingStep, batch: Any) -> Any:
         return batch
     batch = copy.copy(batch)
     trained = loss.trained_atoms(step.fixed, step.corruption, free_only=True, noise_for_forces=True)
-    batch.fixed = (~trained).to(batch.fixed)
+    batch.fixed = (~trained).to(batch.fixed, non_blocking=True)
     return batch
 
 
@@ -187,7 +187,7 @@ def _hybrid(
         noise_coefficient=noise_coefficient,
         noise=step.noise_of(rows),
         noise_target=step.noise_target(rows),
-        corrupted=step.corruption.mask[rows].to(step.noise.device),
+        corrupted=step.corruption.mask[rows].to(step.noise.device, non_blocking=True),
     )
 
 
@@ -196,7 +196,7 @@ def _uncorrupted_only(
 ) -> UncorruptedOnly:
     rows, per_atom = _trained_rows(step, target, outputs), outputs[target]["level"] == "atom"
     structure = step.corruption.batch[rows] if per_atom else rows
-    keep = (~step.corruption.corrupted[structure]).nonzero()[:, 0].to(natoms.device)
+    keep = (~step.corruption.corrupted[structure]).nonzero()[:, 0].to(natoms.device, non_blocking=True)
     return UncorruptedOnly(fn, ranks, keep, natoms if per_atom else natoms[keep])
 
 
@@ -228,11 +228,12 @@ def errors(
         hybrid = name == "forces" and step.noise_for_forces
         if not hybrid and not step.trains(name):
             continue
-        rows = _judged_rows(step, name, outputs, len(prediction), uncorrupted_only=hybrid).to(prediction.device)
+        rows = _judged_rows(step, name, outputs, len(prediction), uncorrupted_only=hybrid)
+        rows = rows.to(prediction.device, non_blocking=True)
         yield f"denoising_{_label(name)}_mae", prediction[rows], batch[name].view(len(prediction), -1)[rows]
     rows = step.corruption.mask.nonzero()[:, 0]
     noise = loss.noise_in_angstrom(step.noise_of(rows), step.objective.scale)
-    target = step.corruption.noise[rows].to(noise.device)
+    target = step.corruption.noise[rows].to(noise.device, non_blocking=True)
     yield "denoising_pos_mae", noise, target
     if of_zero:
         yield "denoising_pos_mae_zero", torch.zeros_like(target), target

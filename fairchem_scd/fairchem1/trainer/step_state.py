@@ -70,7 +70,7 @@ class DenoisingStep(StepState):
 
     def noise_of(self, rows: Tensor) -> Tensor:
         """[n, 3] predicted for some atoms, by row numbers on the CPU."""
-        return self.noise[rows.to(self.noise.device)]
+        return self.noise[rows.to(self.noise.device, non_blocking=True)]
 
     def noise_target(self, rows: Tensor) -> Tensor:
         """[n, 3] what `noise_of` the same rows should be."""
