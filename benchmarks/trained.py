@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from ase import Atoms
-from torch import nn
 
 from benchmarks.common import DENOISING, PLAIN, hydra, make_trainer, training
 from benchmarks.neighbors import KeptNeighbors
 from benchmarks.noise import noise_errors
 from benchmarks.structures import KeptAseDB, Splits, write
+from fairchem_scd.denoising.quiet_heads import quieten as quieten_heads
+from fairchem_scd.fairchem1.backbones import adapter_for
 
 
 @dataclass(frozen=True)
@@ -205,21 +206,13 @@ def _fitted(forces: bool) -> dict[str, Any]:
 
 
 def quieten(trainer: Any) -> None:
-    """Set the last layer of the energy head to zero: the first prediction is the fitted references' own.
-
-    A random last layer makes errors of some tenths of the normaliser an atom, out of features that are good already.
-    """
-    layers = [m for m in trainer._unwrapped_model.output_heads["energy"].modules() if _is_linear(m)]
-    with torch.no_grad():
-        for parameter in layers[-1].parameters():
-            parameter.zero_()
+    """Let the energy head of a host trainer start as with `task.denoising.quiet_heads`, which it does not have."""
+    model = trainer._unwrapped_model
+    quieten_heads(model.output_heads, adapter_for(model.backbone), readout=True)
     if trainer.ema:
-        for shadow, parameter in zip(trainer.ema.shadow_params, trainer.ema._get_parameters(None), strict=True):
-            shadow.copy_(parameter.detach())
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ in ("SO3_Linear", "SO3_LinearV2")
+        with torch.no_grad():
+            for shadow, parameter in zip(trainer.ema.shadow_params, trainer.ema._get_parameters(None), strict=True):
+                shadow.copy_(parameter)
 
 
 @torch.no_grad()

@@ -67,6 +67,14 @@ class Adapter(ABC):
         """Parts of the backbone that neither `vector_head` nor `scalars` depends on, but only the host's heads."""
         return ()
 
+    def scalar_layers(self, head: nn.Module) -> Sequence[nn.Module]:
+        """The last layers, of a head or of the backbone's `readout`, that a head's scalar outputs come from.
+
+        With their parameters zero these outputs are zero; vectors that are no gradients of them stay as they are. Empty
+        for heads without scalar outputs, and where it is not known.
+        """
+        return ()
+
     # --- features -----------------------------------------------------------------------------------------------------
 
     @property

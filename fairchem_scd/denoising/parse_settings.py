@@ -24,12 +24,13 @@ class Denoising:
 
     Attributes:
         tasks: settings of each task that is on, by name, with every `prob` filled in.
-        restart, on_bad_data, drop_path, drop_path_per, repeat_cells: the block's own settings.
+        restart, on_bad_data, quiet_heads, drop_path, drop_path_per, repeat_cells: the block's own settings.
     """
 
     tasks: dict[str, Settings]
     restart: bool
     on_bad_data: str
+    quiet_heads: bool | None
     drop_path: DropPathSettings | None
     drop_path_per: str | None
     repeat_cells: CellRepeatSettings | None

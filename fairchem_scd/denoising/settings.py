@@ -325,6 +325,12 @@ class DenoisingBlock(_Block):
         description="a row that cannot be read or trained on ends the run, which names it (`stop`), or is counted and "
         "replaced by the next good row (`skip`); docs/long-runs.md says which rows are bad",
     )
+    quiet_heads: bool | None = Field(
+        None,
+        description="the last layer of new heads of scalars starts at zero, so that they first predict the mean that "
+        "the normaliser and the references have; `null`: in fine-tuning, where the backbone comes from another "
+        "checkpoint and a task is on",
+    )
     drop_path: DropPathSettings | None = Field(None, description="a schedule for the backbone's drop path")
     drop_path_per: Literal["structure", "atom"] | None = Field(
         None,

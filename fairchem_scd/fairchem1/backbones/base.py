@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, ClassVar
+
+from torch import nn
 
 from fairchem_scd.denoising.adapter import Adapter
 from fairchem_scd.errors import ConfigError
@@ -18,11 +20,13 @@ class Fairchem1Adapter(Adapter):
         vectors_need_forces: `vector_head` works only in a backbone that was built with `regress_forces: true`.
         runs_lone_structures: the backbone runs a batch in which a structure has no edge, as long as another has one.
         elements_key: the argument that sets the size of the backbone's table of elements; None: there is none.
+        scalar_heads: the last layer of each class of the host's scalar heads.
     """
 
     vectors_need_forces: ClassVar[bool] = True
     runs_lone_structures: ClassVar[bool] = True
     elements_key: ClassVar[str | None] = "max_num_elements"
+    scalar_heads: ClassVar[Mapping[type[nn.Module], str]] = {}
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
@@ -68,6 +72,9 @@ class Fairchem1Adapter(Adapter):
     @property
     def conservative(self) -> bool:
         return self.backbone.regress_forces and not getattr(self.backbone, "direct_forces", True)
+
+    def scalar_layers(self, head: nn.Module) -> Sequence[nn.Module]:
+        return [head.get_submodule(name) for kind, name in self.scalar_heads.items() if isinstance(head, kind)]
 
     @contextmanager
     def skip_energy_readout(self) -> Iterator[None]:

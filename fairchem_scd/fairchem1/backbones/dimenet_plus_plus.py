@@ -7,7 +7,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from fairchem.core.models.dimenet_plus_plus import DimeNetPlusPlusWrapBackbone
+from fairchem.core.models.dimenet_plus_plus import (
+    DimeNetPlusPlusWrapBackbone,
+    DimeNetPlusPlusWrapEnergyAndForceHead,
+)
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.adapter import register_adapter
@@ -48,6 +51,10 @@ class DimeNetPlusPlusAdapter(Fairchem1Adapter):
 
     def readout(self) -> Iterable[nn.Module]:
         return (self.backbone.output_blocks,)
+
+    def scalar_layers(self, head: nn.Module) -> Sequence[nn.Module]:
+        known = isinstance(head, DimeNetPlusPlusWrapEnergyAndForceHead)
+        return [block.lin for block in self.backbone.output_blocks] if known else []
 
     @property
     def scalar_channels(self) -> int:

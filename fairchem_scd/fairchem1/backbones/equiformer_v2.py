@@ -9,7 +9,8 @@ from typing import Any
 
 from fairchem.core.models.equiformer_v2.drop import GraphDropPath, drop_path
 from fairchem.core.models.equiformer_v2.equiformer_v2 import EquiformerV2Backbone
-from fairchem.core.models.equiformer_v2.heads import EqV2VectorHead
+from fairchem.core.models.equiformer_v2.equiformer_v2_dens import DeNSScalarHead
+from fairchem.core.models.equiformer_v2.heads import EqV2ScalarHead, EqV2VectorHead
 from fairchem.core.models.equiformer_v2.transformer_block import SO2EquivariantGraphAttention
 from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ class EquiformerV2Adapter(Fairchem1Adapter):
 
     host_class = EquiformerV2Backbone
     names = ("equiformer_v2_backbone",)
+    scalar_heads = {EqV2ScalarHead: "energy_block.so3_linear_2", DeNSScalarHead: "scalar_block.so3_linear_2"}
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:

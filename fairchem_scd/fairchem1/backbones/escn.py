@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
-from fairchem.core.models.escn.escn import eSCNBackbone, eSCNForceHead
+from fairchem.core.models.escn.escn import eSCNBackbone, eSCNEnergyHead, eSCNForceHead
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.adapter import register_adapter
@@ -26,6 +26,7 @@ class ESCNAdapter(Fairchem1Adapter):
 
     host_class = eSCNBackbone
     names = ("escn_backbone",)
+    scalar_heads = {eSCNEnergyHead: "energy_block.fc3"}
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__(backbone)

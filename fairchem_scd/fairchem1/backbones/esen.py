@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
-from fairchem.core.models.esen.esen import Linear_Force_Head, eSEN_Backbone
+from fairchem.core.models.esen.esen import Linear_Force_Head, MLP_EFS_Head, MLP_Energy_Head, eSEN_Backbone
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.adapter import register_adapter
@@ -22,6 +22,7 @@ class ESENAdapter(Fairchem1Adapter):
 
     host_class = eSEN_Backbone
     names = ("esen_backbone",)
+    scalar_heads = {MLP_Energy_Head: "energy_block.4", MLP_EFS_Head: "energy_block.4"}
 
     def vector_head(self) -> nn.Module:
         return Linear_Force_Head(self.backbone)

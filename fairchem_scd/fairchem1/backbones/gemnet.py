@@ -93,6 +93,9 @@ class GemNetTAdapter(_GemNetAdapter):
     host_class, energy_head = GemNetTBackbone, GemNetTEnergyAndGradForceHead
     names = ("gemnet_t_backbone",)
 
+    def scalar_layers(self, head: nn.Module) -> Sequence[nn.Module]:
+        return [block.out_energy for block in self.backbone.out_blocks] if isinstance(head, self.energy_head) else []
+
     @contextmanager
     def in_pass(self, modulation: BoundModulation | None, heads: Iterable[nn.Module]) -> Iterator[None]:
         # A graph without triplets, as of a part of two atoms, ends in an error of the host's sum over triplets. It gets
@@ -120,6 +123,7 @@ _LEGACY_OUTPUTS = ("out_mlp_E", "out_energy", "out_mlp_F", "out_forces")
 class GemNetOCAdapter(_GemNetAdapter):
     host_class, energy_head = GemNetOCBackbone, GemNetOCEnergyAndGradForceHead
     names = ("gemnet_oc_backbone",)
+    scalar_heads = {GemNetOCEnergyAndGradForceHead: "out_energy"}
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__(backbone)

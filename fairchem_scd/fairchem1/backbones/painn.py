@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from fairchem.core.models.painn.painn import PaiNNBackbone, PaiNNForceHead
+from fairchem.core.models.painn.painn import PaiNNBackbone, PaiNNEnergyHead, PaiNNForceHead
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.adapter import register_adapter
@@ -25,6 +25,7 @@ class PaiNNAdapter(Fairchem1Adapter):
     names = ("painn_backbone",)
     vectors_need_forces = runs_lone_structures = False
     elements_key = "num_elements"
+    scalar_heads = {PaiNNEnergyHead: "out_energy.2"}
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__(backbone)

@@ -11,6 +11,7 @@ from fairchem.core.modules.evaluator import Evaluator
 from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
 from torch.nn.parallel import DistributedDataParallel
 
+from fairchem_scd.denoising.quiet_heads import quieten
 from fairchem_scd.denoising.tasks import TaskDraw
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1 import checkpoint as checkpoints
@@ -84,6 +85,7 @@ class SetupMixin:
             )
         elif start and self.tasks:
             checkpoints.carry_over(model, start)
+        self._quieten_heads(start)
         if self.denoising.drop_path is not None:
             adapter_for(model.backbone).set_drop_path(self.denoising.drop_path.start)
         self._set_drop_path_per(self.denoising.drop_path_per or ("atom" if self.self_supervised else "structure"))
@@ -101,6 +103,29 @@ class SetupMixin:
             logging.warning(
                 "task.denoising.drop_path_per: no effect, since no block of the backbone has a drop path; where there "
                 "can be one, model.backbone.drop_path_rate or task.denoising.drop_path says its rate"
+            )
+
+    def _quieten_heads(self, start: str | None) -> None:
+        """Let new heads start quietly, as `quiet_heads` says. A checkpoint that is loaded later has its own heads.
+
+        Args:
+            start: the checkpoint that the model starts from, if any.
+        """
+        block, asked = self.config["model"], self.denoising.quiet_heads
+        from_start = bool(start) and block.get("backbone") is None
+        if asked is None:
+            asked = from_start and bool(self.tasks)
+        if not asked or not self.output_targets or (start and block.get("heads") is None):
+            return
+        model = self._unwrapped_model
+        fresh = not from_start or checkpoints.StoredRun.read(start).is_pretrained
+        quiet = quieten(model.output_heads, adapter_for(model.backbone), readout=fresh)
+        if quiet:
+            logging.info("heads that start quietly, with a last layer of zeros: %s", ", ".join(quiet))
+        elif self.denoising.quiet_heads:
+            raise ConfigError(
+                "task.denoising.quiet_heads: none of model.heads is a new one of scalars whose last layer is known: "
+                f"{', '.join(model.output_heads)}; leave quiet_heads out"
             )
 
     def load_datasets(self) -> None:
