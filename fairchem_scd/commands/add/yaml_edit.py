@@ -15,9 +15,7 @@ import yaml
 _Entry = tuple[yaml.Node, yaml.Node]
 
 
-def set_value(
-    text: str, keys: Sequence[str], value: Any, after: Sequence[str] = (), below: str | None = None
-) -> str:
+def set_value(text: str, keys: Sequence[str], value: Any, after: Sequence[str] = (), below: str | None = None) -> str:
     """Set one value of a YAML mapping. Mappings above it are added where they are missing.
 
     Args:
@@ -25,7 +23,7 @@ def set_value(
         keys: from the top, such as ("task", "denoising", "scd").
         value: a scalar, or a mapping, which is written in one line.
         after: top-level keys. A new top-level key is put behind the first of these that is there, or else at the top.
-        below: a key with a value in one line. A new key of the mapping that has it is put behind it, or else at the top.
+        below: a key with a value in one line. A new key of its mapping is put behind it, or else at the top.
 
     Returns:
         The new text. Where a key above the last holds an alias, a copy of what it stands for takes its place.
