@@ -99,8 +99,13 @@ def row(atoms: Atoms, dataset: str = "mo", **labels: str) -> AtomicData:
 
 
 def batch_of(structures: Sequence[Atoms], **how: Any) -> AtomicData:
-    """Structures as a batch of the host."""
-    return atomicdata_list_to_batch([row(atoms, **how) for atoms in structures])
+    """Structures as a batch of the host, with the labels that all of them have."""
+    rows = [row(atoms, **how) for atoms in structures]
+    for key in ("stress", "forces", "energy"):
+        if not all(key in each for each in rows):
+            for each in rows:
+                each.__keys__.discard(key)
+    return atomicdata_list_to_batch(rows)
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------
