@@ -17,6 +17,8 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from fairchem_scd.errors import ConfigError
+
 _ADDED = re.compile(r"(?:^|\.)denoising\.")
 """What the name of a weight has that this package added."""
 
@@ -65,9 +67,14 @@ def load_known(folder: str, state: dict[str, Any]) -> dict[str, Any]:
     return whole["unit_state"]
 
 
-def only_added(keys: Collection[str]) -> bool:
-    """Whether all keys are of weights that this package adds, or of what the optimiser knows of them."""
-    return all(_ADDED.search(key) for key in keys)
+def check_only_added(folder: str, keys: Collection[str]) -> None:
+    """Raise ConfigError unless all keys that a training checkpoint lacks are of what this package adds."""
+    others = sorted(key for key in keys if not is_added(key))
+    if others:
+        raise ConfigError(
+            f"{folder}: of another model: it has no {', '.join(others[:3])}{' …' if len(others) > 3 else ''}; to start "
+            "from its weights alone, use its inference checkpoint and initialize_finetuning_model"
+        )
 
 
 def is_added(name: str) -> bool:

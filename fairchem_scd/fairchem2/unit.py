@@ -96,13 +96,18 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
                     rows.check_sample(guarded, self.setup.tasks, self.tasks, adapter, skip=self._faults.skip)
 
     def _execute_load_state(self, checkpoint_location: str | None) -> None:
-        """As the host's. What denoising adds starts fresh where the checkpoint is of a run without it."""
+        """As the host's. What denoising adds starts fresh where the checkpoint is of a run without it.
+
+        Raises:
+            ConfigError: the checkpoint is of another model.
+        """
         missing: set[str] = set()
         if self.setup.tasks and checkpoint_location is not None:
             missing = checkpoint.missing_keys(checkpoint_location, self.state_dict())
-        if not missing or not checkpoint.only_added(missing):
-            super()._execute_load_state(checkpoint_location)  # which names what is missing
+        if not missing:
+            super()._execute_load_state(checkpoint_location)
             return
+        checkpoint.check_only_added(checkpoint_location, missing)
         self.load_state_dict(checkpoint.load_known(checkpoint_location, self.state_dict()))
         for name, parameter in unwrapped(self.model).named_parameters():
             if checkpoint.is_added(name):

@@ -164,12 +164,13 @@ def _embedded(
     condition = None
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(0)
             if conditioned:
+                torch.manual_seed(0)
                 batch = collated(rows).to(device)
                 structures = structures_of(batch, model.adapter.periodic(batch.pbc), ())
                 condition = condition_of(model, batch, structures).float().cpu()
             # The backbone writes into its batch: each call gets its own.
+            torch.manual_seed(0)
             scalars = atom_features(model, collated(rows).to(device), model.adapter).detach().float().cpu()
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(f"out of memory with {len(rows)} structures at a time; lower --batch-size") from error

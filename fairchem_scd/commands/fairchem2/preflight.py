@@ -120,9 +120,10 @@ def _check_logger(config: DictConfig, report: Report) -> None:
             "job.logger: Weights & Biases has no API key here, and a job in a queue cannot be asked for one: run "
             "`wandb login`, or set WANDB_MODE=offline"
         )
-    quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    with report.part("job.logger"), tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, quiet):
-        hydra.utils.instantiate(config.job.logger)(config={}, run_id="check", run_name="check", log_dir=folder)
+    offline = wandb.Settings(mode="offline", silent=True)
+    with report.part("job.logger"), tempfile.TemporaryDirectory() as folder:
+        start = hydra.utils.instantiate(config.job.logger)
+        start(config={}, run_id="check", run_name="check", log_dir=folder, settings=offline)
         wandb.finish()
         report.say("logger", "Weights & Biases starts")
 

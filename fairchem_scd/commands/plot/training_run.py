@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -134,7 +135,7 @@ def draw(curves: Mapping[str, Curve], *, width: float = pictures.DOUBLE) -> Figu
     """
     panels = [
         replace(panel, lines=lines)
-        for panel in (_losses(curves), *_ERRORS)
+        for panel in (_losses(curves), *_errors(curves))
         if (lines := tuple(line for line in panel.lines if line.tag in curves))
     ]
     if not panels:
@@ -172,6 +173,25 @@ def _losses(curves: Mapping[str, Curve]) -> _Panel:
         total, validation = parts.pop(), _Line("val/loss", "validation", _BLACK)
     split = sum(line.dashes == "-" for line in parts)
     return _Panel("loss", (total, *parts[:split], validation, *parts[split:]), log=True)
+
+
+def _errors(curves: Mapping[str, Curve]) -> list[_Panel]:
+    """The panels of errors. Those of data sets with outputs of their own have a line each."""
+    panels = []
+    for panel, output in zip(_ERRORS, ("forces", "energy", None), strict=True):
+        found = [
+            tag
+            for tag in sorted(curves)
+            if output and re.fullmatch(rf"(train|val)/(?!denoising_)\w+_{output}_mae", tag)
+        ]
+        names = [re.sub(rf"^\w+/|_{output}_mae$", "", tag) for tag in found]
+        hues = dict(zip(dict.fromkeys(names), cycle(_SPARE), strict=False))
+        own = (
+            _Line(tag, f"{name}, {'validation' if tag.startswith('val/') else 'training'}", hues[name])
+            for tag, name in zip(found, names, strict=True)
+        )
+        panels.append(_Panel(panel.label, (*panel.lines, *own)))
+    return panels
 
 
 def _same(one: Curve, other: Curve) -> bool:
