@@ -372,14 +372,14 @@ def test_zero_warmup_steps_mean_no_warmup_on_the_other_base(data, tmp_path):
     trainer.train(disable_eval_tqdm=True)
 
 
-@pytest.mark.parametrize("name", ["equiformer_v2", pytest.param("escn", marks=pytest.mark.slow)])
-def test_the_branch_is_alive(name, data, tmp_path):
+@pytest.mark.parametrize(("name", "epochs"), [("equiformer_v2", 7), pytest.param("escn", 20, marks=pytest.mark.slow)])
+def test_the_branch_is_alive(name, epochs, data, tmp_path):
     """After a short training the noise of held-out frames is told from the forces of the right original."""
     config = tiny_config(data, name, {"dens": {"prob": 1.0, "std": 0.15, "corrupt_ratio": None, "coefficient": 100}})
     config["dataset"]["train"].update(src=str(data / "alive"), num_structures=48, num_systems=2)
     del config["dataset"]["val"]
     config["model"]["backbone"].update(max_neighbors=12)
-    config["optim"].update(max_epochs=7, lr_initial=0.005, ema_decay=None, eval_every=10**9)
+    config["optim"].update(max_epochs=epochs, lr_initial=0.005, ema_decay=None, eval_every=10**9)
     trainer = make_trainer(config, tmp_path)
     trainer.train(disable_eval_tqdm=True)
     model, task = trainer.model.eval(), trainer.tasks["dens"]
