@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle
 
@@ -55,12 +55,14 @@ class _Panel:
     Attributes:
         log: logarithmic, where the values differ much.
         least: show at least this range, with a line at zero. Else differences that mean nothing would look large.
+        output: data sets may have outputs of their own of this kind, `<data set>_<output>`, which are drawn too.
     """
 
     label: str
     lines: tuple[_Line, ...]
     log: bool = False
     least: tuple[float, float] | None = None
+    output: str | None = None
 
 
 # Each quantity has a colour. Dashed lines are of corrupted structures. Lines with markers are of validation.
@@ -89,6 +91,7 @@ _ERRORS = (
             _Line("train/denoising_force_mae", "denoising", _FORCES, "--"),
             _Line("val/forces_mae", "validation", _BLACK),
         ),
+        output="forces",
     ),
     _Panel(
         "energy error (eV)",
@@ -97,6 +100,7 @@ _ERRORS = (
             _Line("train/denoising_energy_mae", "denoising", _ENERGY, "--"),
             _Line("val/energy_mae", "validation", _BLACK),
         ),
+        output="energy",
     ),
     _Panel(
         "denoising error (Å)",
@@ -178,20 +182,36 @@ def _losses(curves: Mapping[str, Curve]) -> _Panel:
 def _errors(curves: Mapping[str, Curve]) -> list[_Panel]:
     """The panels of errors. Those of data sets with outputs of their own have a line each."""
     panels = []
-    for panel, output in zip(_ERRORS, ("forces", "energy", None), strict=True):
+    for panel in _ERRORS:
+        ending = rf"_{panel.output}_mae"
         found = [
-            tag
-            for tag in sorted(curves)
-            if output and re.fullmatch(rf"(train|val)/(?!denoising_)\w+_{output}_mae", tag)
+            t for t in sorted(curves) if panel.output and re.fullmatch(rf"(train|val)/(?!denoising_)\w+{ending}", t)
         ]
-        names = [re.sub(rf"^\w+/|_{output}_mae$", "", tag) for tag in found]
+        names = [re.sub(rf"^\w+/|{ending}$", "", tag) for tag in found]
         hues = dict(zip(dict.fromkeys(names), cycle(_SPARE), strict=False))
         own = (
             _Line(tag, f"{name}, {'validation' if tag.startswith('val/') else 'training'}", hues[name])
             for tag, name in zip(found, names, strict=True)
         )
-        panels.append(_Panel(panel.label, (*panel.lines, *own)))
-    return panels
+        panels.append(replace(panel, lines=(*panel.lines, *own)))
+    return [*panels, *_other_errors(curves, {line.tag for panel in panels for line in panel.lines})]
+
+
+def _other_errors(curves: Mapping[str, Curve], drawn: Collection[str]) -> list[_Panel]:
+    """A panel for each output that few runs have, such as a scalar property; its unit is that of the data."""
+    tags = [t for t in curves if t not in drawn and re.fullmatch(r"(train|val)/(?!denoising_pos_)\w+_mae", t)]
+    names = sorted({re.sub(r"^\w+/(denoising_)?|_mae$", "", tag) for tag in tags})
+    return [
+        _Panel(
+            f"{name.replace('_', ' ')} error",
+            (
+                _Line(f"train/{name}_mae", "training", _SPARE[0]),
+                _Line(f"train/denoising_{name}_mae", "denoising", _SPARE[0], "--"),
+                _Line(f"val/{name}_mae", "validation", _BLACK),
+            ),
+        )
+        for name in names
+    ]
 
 
 def _same(one: Curve, other: Curve) -> bool:
