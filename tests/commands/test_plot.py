@@ -173,6 +173,14 @@ def test_losses_of_other_outputs_are_drawn_under_their_names(tmp_path):
     assert {"stress", "stress, denoising"} <= set(drawn(training_run.draw(logged(tmp_path)))[LOSS])
 
 
+def test_errors_of_other_outputs_have_a_panel_and_components_of_forces_none(tmp_path):
+    errors = {"train/denoising_gap_mae": 0.4, "val/gap_mae": 0.5, "val/forcesx_mae": 0.1}
+    log(tmp_path, {**PRETRAINING, "train/denoising_gap_loss": 4.0, **errors})
+    panels = drawn(training_run.draw(logged(tmp_path)))
+    assert set(panels) == {LOSS, "gap error", NOISE}
+    assert set(panels["gap error"]) == {"denoising", "validation"}
+
+
 @pytest.mark.parametrize(("count", "raw"), [(500, True), (5000, False)])
 def test_dense_curves_get_a_running_median_that_follows_them(count, raw):
     steps, random = np.arange(1, count + 1), np.random.default_rng(0)

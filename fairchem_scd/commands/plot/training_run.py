@@ -184,9 +184,8 @@ def _errors(curves: Mapping[str, Curve]) -> list[_Panel]:
     panels = []
     for panel in _ERRORS:
         ending = rf"_{panel.output}_mae"
-        found = [
-            t for t in sorted(curves) if panel.output and re.fullmatch(rf"(train|val)/(?!denoising_)\w+{ending}", t)
-        ]
+        tags = sorted(curves) if panel.output else ()
+        found = [tag for tag in tags if re.fullmatch(rf"(train|val)/(?!denoising_)\w+{ending}", tag)]
         names = [re.sub(rf"^\w+/|{ending}$", "", tag) for tag in found]
         hues = dict(zip(dict.fromkeys(names), cycle(_SPARE), strict=False))
         own = (
@@ -200,7 +199,9 @@ def _errors(curves: Mapping[str, Curve]) -> list[_Panel]:
 def _other_errors(curves: Mapping[str, Curve], drawn: Collection[str]) -> list[_Panel]:
     """A panel for each output that few runs have, such as a scalar property; its unit is that of the data."""
     tags = [t for t in curves if t not in drawn and re.fullmatch(r"(train|val)/(?!denoising_pos_)\w+_mae", t)]
+    # Components of forces, which are among the host's metrics, are no outputs: they have no loss.
     names = sorted({re.sub(r"^\w+/(denoising_)?|_mae$", "", tag) for tag in tags})
+    names = [n for n in names if {f"train/{n}_loss", f"train/denoising_{n}_loss"} & set(curves)]
     return [
         _Panel(
             f"{name.replace('_', ' ')} error",
