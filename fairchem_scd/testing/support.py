@@ -125,7 +125,7 @@ def self_supervised(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_trainer(config: dict[str, Any], run_dir: Path, **arguments: Any) -> Any:
-    """A trainer as the host's command line would make it, without process groups."""
+    """A trainer as the host's command line would make it, without process groups; by default on the CPU."""
     config = copy.deepcopy(config)
     trainer = registry.get_trainer_class(config["trainer"])
     legacy_names = {"forces": "s2ef", "equiformerv2_forces": "s2ef", "energy": "is2re"}
@@ -141,7 +141,7 @@ def make_trainer(config: dict[str, Any], run_dir: Path, **arguments: Any) -> Any
         local_rank=0,
         run_dir=str(run_dir),
         logger=config.get("logger", "tensorboard"),
-        cpu=True,
+        cpu=arguments.pop("cpu", True),
         name=legacy_names.get(config["trainer"], "ocp"),
         seed=arguments.pop("seed", 0),
         **arguments,

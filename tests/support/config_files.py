@@ -81,9 +81,9 @@ def sample_data(data: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     )
 
 
-def train(config: dict[str, Any], run_dir: Path) -> tuple[Any, list[tuple[Any, Any, float]]]:
-    """Train; return the trainer, and of each step its batch, corruption and loss."""
-    trainer = make_trainer(config, run_dir)
+def train(config: dict[str, Any], run_dir: Path, **arguments: Any) -> tuple[Any, list[tuple[Any, Any, float]]]:
+    """Train by a trainer with these arguments; return the trainer, and of each step its batch, corruption and loss."""
+    trainer = make_trainer(config, run_dir, **arguments)
     steps, host_loss = [], trainer._compute_loss
 
     def noted(out: Any, batch: Any) -> torch.Tensor:
