@@ -105,7 +105,7 @@ class ConditionJudge:
         # Outputs are not judged here.
         needed = tuple(replace(run, outputs=False) for run in passes if run.embed or run.noise)
         out = self._run(batch, needed, returns_embedding=True)
-        self.note_right(batch, corruption, _noisy(passes), out[NOISE], out[EMBEDDING])
+        self.note_right(batch, corruption, noisy_pass(passes), out[NOISE], out[EMBEDDING])
 
     def note_right(self, batch: Any, corruption: Corruption, noisy: Pass, noise: Tensor, embedding: Tensor) -> None:
         """Take notice of what was predicted told the right embedding.
@@ -145,7 +145,7 @@ class ConditionJudge:
         # What structures without an embedding are given is not read.
         unread = next(iter(self._others.values()))
         given = torch.stack([self._others.get(what, unread) for what, _ in keys])
-        noisy = _noisy(passes)
+        noisy = noisy_pass(passes)
         for told, run in (
             ("other", replace(noisy, given=given)),
             ("none", replace(noisy, conditioned=None)),
