@@ -263,5 +263,6 @@ def keys_of(batch: Any) -> list[Key]:
     return list(zip(whats, identities(batch), strict=True))
 
 
-def _noisy(passes: tuple[Pass, ...]) -> Pass:
+def noisy_pass(passes: tuple[Pass, ...]) -> Pass:
+    """The pass of a plan that predicts the noise."""
     return next(run for run in passes if run.noise)
