@@ -114,7 +114,7 @@ class ConditionJudge:
         # Outputs are not judged here.
         needed = tuple(replace(run, outputs=False) for run in passes if run.embed or run.noise)
         out = self._run(batch, needed, returns_embedding=True)
-        self.note_right(batch, corruption, _noisy(passes), out[NOISE], out[EMBEDDING])
+        self.note_right(batch, corruption, noisy_pass(passes), out[NOISE], out[EMBEDDING])
 
     def note_right(self, batch: Any, corruption: Corruption, noisy: Pass, noise: Tensor, embedding: Tensor) -> None:
         """Take notice of what was predicted told the right embedding.
@@ -128,13 +128,14 @@ class ConditionJudge:
         """
         embedded, made = noisy.conditioned.tolist(), embedding.float().cpu()
         zero = structure_errors(torch.zeros_like(noise), corruption, self._scale)
-        for i, key in enumerate(keys_of(batch)):
+        keys = keys_of(batch)
+        for i, key in enumerate(keys):
             components = int(zero.components[i])
             if components:
                 self.scores[key] = Score(embedded[i], components, float(zero.absolute[i]), float(zero.mse[i]))
                 if embedded[i]:
                     self._mine[key] = made[i]
-        self._note("right", batch, corruption, noise)
+        self._note("right", keys, corruption, noise)
 
     def pair(self) -> None:
         """Find every structure's partner. A collective call."""
@@ -149,15 +150,16 @@ class ConditionJudge:
         if not self._others:
             return
         corruption, passes = self._drawn(batch)
+        keys = keys_of(batch)
         # What structures without an embedding are given is not read.
         unread = next(iter(self._others.values()))
-        given = torch.stack([self._others.get(what, unread) for what, _ in keys_of(batch)])
-        noisy = _noisy(passes)
+        given = torch.stack([self._others.get(what, unread) for what, _ in keys])
+        noisy = noisy_pass(passes)
         for told, run in (
             ("other", replace(noisy, given=given)),
             ("none", replace(noisy, conditioned=None)),
         ):
-            self._note(told, batch, corruption, self._run(batch, (run,))[NOISE])
+            self._note(told, keys, corruption, self._run(batch, (run,))[NOISE])
 
     def report(self) -> ConditionReport | None:
         """What was found, over all ranks: the same on each. None: there is no other structure. A collective call."""
@@ -205,9 +207,9 @@ class ConditionJudge:
             torch.manual_seed(0)
             return self.call(batch, Plan(self.task.name, runs, returns_embedding).to(device))
 
-    def _note(self, told: str, batch: Any, corruption: Corruption, noise: Tensor) -> None:
+    def _note(self, told: str, keys: list[Key], corruption: Corruption, noise: Tensor) -> None:
         errors = structure_errors(noise, corruption, self._scale)
-        for i, key in enumerate(keys_of(batch)):
+        for i, key in enumerate(keys):
             if key in self.scores:
                 self.scores[key].absolute[told] = float(errors.absolute[i])
                 self.scores[key].mse[told] = float(errors.mse[i])
@@ -270,5 +272,6 @@ def keys_of(batch: Any) -> list[Key]:
     return list(zip(whats, identities(batch), strict=True))
 
 
-def _noisy(passes: tuple[Pass, ...]) -> Pass:
+def noisy_pass(passes: tuple[Pass, ...]) -> Pass:
+    """The pass of a plan that predicts the noise."""
     return next(run for run in passes if run.noise)

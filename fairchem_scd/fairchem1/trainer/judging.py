@@ -9,7 +9,7 @@ import torch
 from fairchem.core.common import distutils
 from torch import Tensor
 
-from fairchem_scd.denoising.condition_judge import ConditionJudge
+from fairchem_scd.denoising.condition_judge import ConditionJudge, noisy_pass
 from fairchem_scd.denoising.condition_report import ConditionReport
 from fairchem_scd.denoising.plan import Plan
 from fairchem_scd.denoising.tasks import DenoisingTask
@@ -56,7 +56,7 @@ class JudgingMixin:
     ) -> dict[str, Any]:
         judge, step = self._judge, self._step
         if judge is not None and isinstance(step, DenoisingStep) and step.task is judge.task:
-            judge.note_right(batch, step.corruption, step.plan.passes[-1], step.noise, step.embedding)
+            judge.note_right(batch, step.corruption, noisy_pass(step.plan.passes), step.noise, step.embedding)
         return super()._compute_metrics(out, batch, evaluator, metrics)
 
     def _aggregate_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
