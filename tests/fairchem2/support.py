@@ -93,6 +93,8 @@ def row(atoms: Atoms, dataset: str = "mo", **labels: str) -> AtomicData:
     """One structure as the host's dataset gives it; `labels` are further names for its labels."""
     data = AtomicData.from_ase(atoms, task_name=dataset, r_data_keys=["charge", "spin"])
     data.dataset_name = f"{dataset}.train"
+    if "stress" in data:
+        data.stress = data.stress.reshape(1, 9)  # as configs have the host transform it
     for name, label in labels.items():
         data[name] = data[label].clone()
     return data
@@ -273,7 +275,10 @@ def _loader(database: Path, collate: Mapping[str, Any], *, shuffle: bool) -> dic
     dataset = {
         "splits": {database.stem: {"src": [str(database)]}},
         "format": "ase_db",
-        "transforms": {"common_transform": {"dataset_name": "mo"}},
+        "transforms": {
+            "common_transform": {"dataset_name": "mo"},
+            "stress_reshape_transform": {"dataset_name": "mo"},
+        },
     }
     return {
         "_target_": "fairchem.core.components.common.dataloader_builder.get_dataloader",
@@ -416,14 +421,14 @@ def unit_of(
     *,
     model: Mapping[str, Any] | None = None,
     tasks: Sequence[Mapping[str, Any]] | None = None,
-    seed: int = 0,
+    job: Mapping[str, Any] | None = None,
     cls: type[MLIPTrainEvalUnit] | None = None,
     **arguments: Any,
 ) -> MLIPTrainEvalUnit:
     """A unit as a run would have it, with the same fresh weights for equal models."""
     one_rank()
     torch.manual_seed(1)
-    job = OmegaConf.create({"seed": seed, "debug": True, "logger": None, "graph_parallel": {"group_size": 1}})
+    config = {"seed": 0, "debug": True, "logger": None, "graph_parallel": {"group_size": 1}, **(job or {})}
     built = hydra.utils.instantiate(dict(model_config() if model is None else model))
     made = [hydra.utils.instantiate(each) for each in (tasks_config() if tasks is None else tasks)]
     optimisation = {
@@ -432,12 +437,13 @@ def unit_of(
     }
     cls = cls or (MLIPTrainEvalUnit if denoising is None else DenoisingTrainEvalUnit)
     block = {} if denoising is None else {"denoising": OmegaConf.create(dict(denoising))}
-    return cls(job, built, tasks=made, **block, **{**optimisation, **arguments})
+    return cls(OmegaConf.create(config), built, tasks=made, **block, **{**optimisation, **arguments})
 
 
 def train_on(unit: MLIPTrainEvalUnit, batches: Iterable[AtomicData]) -> None:
-    """Train a unit on batches, a step each."""
-    train(unit, [copy.deepcopy(batch) for batch in batches], max_epochs=1)
+    """Train a unit on batches, a step each, as one epoch more."""
+    epochs = unit.train_progress.num_epochs_completed + 1
+    train(unit, [copy.deepcopy(batch) for batch in batches], max_epochs=epochs)
 
 
 def plain_state(unit: MLIPTrainEvalUnit) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fairchem_scd.errors import ConfigError
-from tests.fairchem2.support import OURS, crystals, differences, model_config, run, run_config, write
+from tests.fairchem2.support import OURS, crystals, differences, model_config, run, run_config, tasks_config, write
 
 # All that draws random numbers in a step, and all that a second pass could disturb.
 MODEL = model_config(
@@ -35,7 +35,15 @@ def plain(folder):
 
 
 def test_a_resumed_run_ends_where_the_whole_one_did_to_the_last_bit(folder):
-    config = run_config(folder, model=MODEL, denoising=TASKS, steps=6, checkpoint_every=3, evaluate_every=2)
+    config = run_config(
+        folder,
+        model=MODEL,
+        tasks=tasks_config(stress=True),
+        denoising=TASKS,
+        steps=6,
+        checkpoint_every=3,
+        evaluate_every=2,
+    )
     whole = run(config, "whole")
     kinds = {"scd" if "denoising_left_out" in line else "dens" for line in _metrics(whole)}
     assert len(kinds) == 2, "the run was to have steps of both tasks"
