@@ -1,4 +1,4 @@
-"""pyproject.toml declares what is imported, and nothing else."""
+"""pyproject.toml declares what is imported, and nothing else: for every user, and for the users of each fairchem."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OWN = {"fairchem_scd", "tests", "benchmarks", "toy"}  # the last is the backbone of docs/adding-a-backbone.md
 # Declared for the host, which needs them and does not declare them or not these versions; pyproject.toml says why.
-FOR_THE_HOST = {"scipy", "torch-sparse"}
+FOR_THE_HOST = {1: {"scipy", "torch-sparse"}, 2: {"ase-db-backends"}}
 # Tools, which are run and not imported.
 TOOLS = {"ruff", "pytest-xdist"}
 # The package of a module that may not be installed, where its name is another than the module's.
-OPTIONAL = {"umap": ["umap-learn"]}
+OPTIONAL = {"umap": ["umap-learn"], "hydra": ["hydra-core"], "google": ["protobuf"], "yaml": ["pyyaml"]}
+OPTIONAL |= {"fairchem": ["fairchem-core"]}
+# Where the code for one host is.
+OF_A_HOST = {
+    1: ("fairchem_scd/fairchem1", "fairchem_scd/testing", "tests/fairchem1", "tests/runs", "tests/support"),
+    2: ("fairchem_scd/fairchem2", "fairchem_scd/commands/fairchem2", "tests/fairchem2"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +34,13 @@ def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def imported(*folders: str) -> dict[str, Path]:
+def imported(*folders: str, without: Iterable[str] = ()) -> dict[str, Path]:
     """Modules of other packages that the files in some folders import, by their first name, and a file that does."""
     found = {}
+    left_out = [ROOT / folder for folder in without]
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        if any(folder in path.parents for folder in left_out):
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
             if isinstance(node, ast.Import):
@@ -57,33 +66,54 @@ def providers(module: str) -> set[str]:
     return {normalised(name) for name in (module, *packages_distributions().get(module, OPTIONAL.get(module, [])))}
 
 
-def runtime(project: dict[str, Any]) -> set[str]:
-    return names(project["project"]["dependencies"])
+def base(project: dict[str, Any]) -> set[str]:
+    """What everyone has, whatever fairchem is theirs, and what the extras bring that need none."""
+    extras = project["project"]["optional-dependencies"]
+    free = [name for key, extra in extras.items() if not key.startswith("fairchem") for name in extra]
+    return names(project["project"]["dependencies"]) | names(free)
 
 
-def optional(project: dict[str, Any]) -> set[str]:
-    return names(name for extra in project["project"]["optional-dependencies"].values() for name in extra)
+def host(project: dict[str, Any], major: int) -> set[str]:
+    return names(project["project"]["optional-dependencies"][f"fairchem{major}"])
 
 
 def development(project: dict[str, Any]) -> set[str]:
     return names(project["dependency-groups"]["dev"])
 
 
-def test_what_the_package_imports_is_declared(project):
-    declared = runtime(project) | optional(project)
-    missing = {name: path for name, path in imported("fairchem_scd").items() if not providers(name) & declared}
-    assert not missing
+def test_what_the_package_imports_is_declared_for_each_fairchem(project):
+    folders = {1: imported("fairchem_scd", without=OF_A_HOST[2]), 2: imported(*OF_A_HOST[2])}
+    for major, found in folders.items():
+        declared = base(project) | host(project, major)
+        assert not {name: path for name, path in found.items() if not providers(name) & declared}
+
+
+def test_the_methods_import_nothing_that_only_one_fairchem_brings(project):
+    found = imported("fairchem_scd/denoising")
+    declared = names(project["project"]["dependencies"])
+    assert not {name: path for name, path in found.items() if not providers(name) & declared}
 
 
 def test_what_tests_and_tools_import_is_declared(project):
-    declared = runtime(project) | optional(project) | development(project)
+    declared = base(project) | host(project, 1) | development(project)
     folders = ("tests", "benchmarks", "slurm", "docs")
-    missing = {name: path for name, path in imported(*folders).items() if not providers(name) & declared}
-    assert not missing
+    found = imported(*folders, without=OF_A_HOST[2])
+    assert not {name: path for name, path in found.items() if not providers(name) & declared}
 
 
 def test_what_is_declared_is_imported_or_said_to_be_for_another_reason(project):
-    used = {provider for name in imported("fairchem_scd") for provider in providers(name)}
-    assert (runtime(project) | optional(project)) - used == FOR_THE_HOST
-    used |= {provider for name in imported("tests", "benchmarks") for provider in providers(name)}
-    assert development(project) - used == TOOLS
+    everywhere = {provider for name in imported("fairchem_scd") for provider in providers(name)}
+    assert base(project) - everywhere == set()
+    for major, reasons in FOR_THE_HOST.items():
+        own = {p for name in imported("fairchem_scd", without=OF_A_HOST[3 - major]) for p in providers(name)}
+        assert host(project, major) - own == reasons
+    everywhere |= {provider for name in imported("tests", "benchmarks") for provider in providers(name)}
+    assert development(project) - everywhere == TOOLS
+
+
+def test_the_second_environment_takes_the_extra_and_the_same_development_tools(project):
+    tomllib = pytest.importorskip("tomllib")
+    second = tomllib.loads((ROOT / "hosts" / "fairchem2" / "pyproject.toml").read_text())
+    assert second["project"]["dependencies"] == ["fairchem-scd[fairchem2,parquet,testing]"]
+    tools = set(second["dependency-groups"]["dev"])
+    assert tools <= set(project["dependency-groups"]["dev"])
