@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import BACKBONES, DENOISING, PLAIN, SCALAR_BACKBONES, hydra, make_trainer, training, use_threads
+from benchmarks.intervals import median_interval
 
 DENS = {"std": 0.1, "corrupt_ratio": 0.5, "coefficient": 10.0}
 TASKS = ("dens", "scd", "noisy_nodes")
@@ -345,17 +346,6 @@ def _rows(backbone: str, layers: int, about: str, variants: list[Variant]) -> li
             f"{interval} | {f'{memory[name] / 1e6:.1f} | {held:.3f}' if known else ' | '} | {'; '.join(reach)} |"
         )
     return rows
-
-
-def median_interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
-    """Interval for the median by order statistics; all of the values where they are too few for the level."""
-    ordered, n = sorted(values), len(values)
-    rank, tail = 0, 0.5**n
-    # Largest rank with a binomial tail below it of at most (1 - level) / 2.
-    while rank < (n - 1) // 2 and tail + math.comb(n, rank + 1) * 0.5**n <= (1 - level) / 2:
-        rank += 1
-        tail += math.comb(n, rank) * 0.5**n
-    return ordered[rank], ordered[n - 1 - rank]
 
 
 def _where(options: argparse.Namespace) -> str:

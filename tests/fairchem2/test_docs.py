@@ -170,7 +170,13 @@ def templates(folder: Path) -> None:
     saver = {"_target_": "fairchem.core.components.train.train_runner.TrainCheckpointCallback"}
     whole = {
         "defaults": [{"data": "uma_conserving_data_task_template"}, "_self_"],
-        "job": {"device_type": "CPU", "scheduler": {"mode": "LOCAL", "ranks_per_node": 1}, "debug": True},
+        "job": {
+            "device_type": "CPU",
+            "scheduler": {"mode": "LOCAL", "ranks_per_node": 1},
+            "debug": True,
+            "run_dir": "/tmp/uma_finetune_runs/",
+            "run_name": "uma_finetune",
+        },
         "base_model_name": "uma-s-1",
         "max_neighbors": 20,
         "cutoff_radius": 4,
