@@ -27,6 +27,11 @@ STEPS = (
     ("SCD, pre-training", "SCD, pre-training", "#c8553d"),
     ("SCD, pre-training, `stop_gradient_condition`", "SCD, pre-training, stop_gradient_condition", "#e0a08f"),
     (
+        "SCD beside energy and forces, `recompute_clean_pass`",
+        "SCD beside energy and forces, recompute_clean_pass",
+        "#e0a08f",
+    ),
+    (
         "SCD beside energy and forces, `activation_checkpoint`",
         "SCD beside energy and forces, activation_checkpoint",
         "#e0a08f",
@@ -52,7 +57,7 @@ def draw(out: Path) -> None:
     """Write the picture."""
     steps = measured()
     with mpl.rc_context(STYLE):
-        figure, (times, memories) = plt.subplots(1, 2, figsize=(9, 2.3), sharey=True, width_ratios=(3.4, 2.2))
+        figure, (times, memories) = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, width_ratios=(3.4, 2.2))
         for place, (name, _, colour) in enumerate(STEPS):
             step = steps[name]
             spread = [[step["time"] - step["low"]], [step["high"] - step["time"]]]

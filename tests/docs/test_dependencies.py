@@ -24,7 +24,12 @@ OPTIONAL |= {"fairchem": ["fairchem-core"]}
 # Where the code for one host is.
 OF_A_HOST = {
     1: ("fairchem_scd/fairchem1", "fairchem_scd/testing", "tests/fairchem1", "tests/runs", "tests/support"),
-    2: ("fairchem_scd/fairchem2", "fairchem_scd/commands/fairchem2", "tests/fairchem2"),
+    2: (
+        "fairchem_scd/fairchem2",
+        "fairchem_scd/commands/fairchem2",
+        "tests/fairchem2",
+        "benchmarks/step_cost_fairchem2.py",
+    ),
 }
 
 
@@ -34,12 +39,12 @@ def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def imported(*folders: str, without: Iterable[str] = ()) -> dict[str, Path]:
-    """Modules of other packages that the files in some folders import, by their first name, and a file that does."""
+def imported(*places: str, without: Iterable[str] = ()) -> dict[str, Path]:
+    """Modules of other packages that some files, or files in folders, import: by first name, with a file that does."""
     found = {}
-    left_out = [ROOT / folder for folder in without]
-    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
-        if any(folder in path.parents for folder in left_out):
+    left_out = [ROOT / place for place in without]
+    for path in (path for place in map(ROOT.joinpath, places) for path in (place, *place.rglob("*.py"))):
+        if path.is_dir() or any(place in (path, *path.parents) for place in left_out):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = []

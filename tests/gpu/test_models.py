@@ -94,18 +94,22 @@ def test_recomputing_the_clean_pass_gives_the_same_gradients(made, block, device
 
 
 @pytest.mark.parametrize(("made", "block"), cases(*BLOCKS))
-def test_bf16_is_near_float32_wherever_the_hosts_model_runs_in_it(made, block, device):
+def test_bf16_is_as_near_to_float32_as_the_hosts_own_model(made, block, device):
     with edge_frames_without_chance():
-        batch = made.batch(3)
+        batch, plain = made.batch(3), made.plain().to(device)
         try:
-            call(made.plain().to(device), batch, autocast=True)
+            (full, _), (half, slopes) = call(plain, batch), call(plain, batch, autocast=True)
         except RuntimeError as error:
             pytest.skip(f"the host's model does not run in bf16: {str(error).splitlines()[0]}")
+        slack = max(0.1, *(3 * relative_error(value, half[key]) for key, value in full.items()))
+        trains = all(value.isfinite().all() for value in slopes.values())
         model = stirred(made.ours(block), 0.3).to(device)
         plan, _ = plan_of(batch, block, step=1)
         (out, _), (half, slopes) = call(model, batch, plan), call(model, batch, plan, autocast=True)
+    assert_close([out], [half], slack)
+    if not trains:
+        pytest.skip("the outputs are near; the host's own gradients are not finite in bf16")
     assert all(value.isfinite().all() for value in slopes.values())
-    assert_close([out], [half], 0.1)
 
 
 def test_an_embedding_is_the_cpus(device, rows):

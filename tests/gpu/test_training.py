@@ -9,15 +9,31 @@ import torch
 
 from fairchem_scd.fairchem1 import checkpoint
 from fairchem_scd.testing import collate, make_trainer
-from tests.runs.test_resume import RUNS, config_of
 from tests.support.config_files import load, oc22_data, sample_data, small, train
-from tests.support.configs import CONFIGS, tiny_config
+from tests.support.configs import CONFIGS, pretraining, tiny_config
 from tests.support.runs import folder_of, state_of, step_of, stopped_at
 from tests.support.waits import assert_few_waits
 
 # Those that need a checkpoint to start from, or data of their own, have tests of their own.
 ALONE = ("finetune_oc20", "quickstart_finetune", "dens_oc22", "scd_oc22", "slurm")
 ON_SAMPLES = sorted(path.stem for path in CONFIGS.glob("*.yml") if path.stem not in (*ALONE, "molecules"))
+
+
+RUNS = {
+    "dens": (tiny_config, {"dens": {"prob": 0.5}}),
+    "scd": (tiny_config, {"scd": {"prob": 1.0, "noise_scale": "running"}}),
+    "pre-training": (pretraining, {"scd": {"num_steps": 3, "std_low": 0.01, "std_high": 0.1}}),
+    "noisy nodes": (tiny_config, {"noisy_nodes": {}}),
+}
+
+
+def config_of(data, name):
+    """Two epochs of four steps, with dropout and drop path, and a checkpoint every step."""
+    config, block = RUNS[name]
+    config = config(data, denoising=block)
+    config["model"]["backbone"].update(alpha_drop=0.2, drop_path_rate=0.2)
+    config["optim"].update(batch_size=2, max_epochs=2, checkpoint_every=1, eval_every=3)
+    return config
 
 
 def is_amp(name):
