@@ -26,7 +26,7 @@ def test_the_picture_of_the_cost_is_the_one_that_its_script_draws(tmp_path):
 def test_what_the_picture_is_drawn_from_is_the_table_of_the_page():
     page = (FIGURES.parent / "cost.md").read_text()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
-    cells = {row[0]: dict(zip(("4", "12"), row[1:], strict=False)) for row in table}
+    cells = {row[0].removesuffix(" ᵃ"): dict(zip(("4", "12"), row[1:], strict=False)) for row in table}
     with (FIGURES / "step_cost.csv").open() as file:
         rows = list(csv.DictReader(file))
     for row in rows:
