@@ -36,4 +36,4 @@ def test_what_the_picture_is_drawn_from_is_the_table_of_the_page():
         memories = {row["step"]: row["memory"] for row in rows if row["blocks"] == blocks and row["memory"]}
         dens, scd = ([memory for step, memory in memories.items() if ("DeNS" in step) == own] for own in (True, False))
         assert set(dens) == {cells["peak memory of DeNS, this package's and fairchem's"][blocks]}
-        assert ", ".join(scd) == cells["peak memory of these four"][blocks]
+        assert ", ".join(scd) == cells["peak memory of these five"][blocks]
