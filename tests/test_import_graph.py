@@ -15,6 +15,7 @@ FORBIDDEN = {
     "denoising": (*HOSTS, *TOOLS),
     "errors": (*HOSTS, *TOOLS, "torch", "fairchem_scd.denoising"),
     "fairchem1": (*TOOLS, "fairchem_scd.fairchem2"),
+    "fairchem2": (*TOOLS, "fairchem_scd.fairchem1"),
     "testing": ("fairchem_scd.commands",),
 }
 
