@@ -80,13 +80,26 @@ def crystals(count: int, seed: int = 0) -> list[Atoms]:
     return [crystal(seed + i, (1, 1, 1 + i % 2)) for i in range(count)]
 
 
-def write(path: Path, structures: Iterable[Atoms], **data: Any) -> Path:
-    """A database as the host reads it."""
+def write(folder: Path, split: str, structures: Sequence[Atoms]) -> None:
+    """A database as the host reads it, where `run_config` looks for it."""
+    path = database(folder, split)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ase.db.connect(str(path)) as database:
+    with ase.db.connect(str(path)) as rows:
         for atoms in structures:
-            database.write(atoms, data=data)
-    return path
+            rows.write(atoms)
+    np.savez(path.parent / "metadata.npz", natoms=np.array([len(atoms) for atoms in structures]))
+
+
+def database(folder: Path, split: str) -> Path:
+    """Where the database of a split is."""
+    return folder / split / f"{split}.aselmdb"
+
+
+def sample_data(folder: Path) -> Path:
+    """The folder, with data for runs."""
+    write(folder, "train", crystals(8))
+    write(folder, "val", crystals(4, 100))
+    return folder
 
 
 def row(atoms: Atoms, dataset: str = "mo", **labels: str) -> AtomicData:
@@ -229,8 +242,8 @@ def run_config(
         },
         "runner": {
             "_target_": "fairchem.core.components.train.train_runner.TrainEvalRunner",
-            "train_dataloader": _loader(folder / "train.aselmdb", collate, shuffle=True),
-            "eval_dataloader": _loader(folder / "val.aselmdb", collate, shuffle=False),
+            "train_dataloader": _loader(database(folder, "train"), collate, shuffle=True),
+            "eval_dataloader": _loader(database(folder, "val"), collate, shuffle=False),
             "train_eval_unit": {
                 "_target_": f"{UNIT}.MLIPTrainEvalUnit" if denoising is None else OURS,
                 **({} if denoising is None else {"denoising": dict(denoising)}),
@@ -271,9 +284,9 @@ def _optimisation(steps: int) -> dict[str, Any]:
     }
 
 
-def _loader(database: Path, collate: Mapping[str, Any], *, shuffle: bool) -> dict[str, Any]:
+def _loader(path: Path, collate: Mapping[str, Any], *, shuffle: bool) -> dict[str, Any]:
     dataset = {
-        "splits": {database.stem: {"src": [str(database)]}},
+        "splits": {path.stem: {"src": [str(path)]}},
         "format": "ase_db",
         "transforms": {
             "common_transform": {"dataset_name": "mo"},
@@ -352,7 +365,11 @@ def run(config: Mapping[str, Any] | Path, name: str, *overrides: str) -> Run:
     finished = Run(Path(made["job"]["run_dir"]) / name)
     with _watched(finished):
         hydra.core.global_hydra.GlobalHydra.instance().clear()
-        main(Namespace(config=str(path)), [f"{new}job.timestamp_id={name}", *overrides])
+        try:
+            main(Namespace(config=str(path)), [f"{new}job.timestamp_id={name}", *overrides])
+        finally:
+            if distutils.initialized():  # a run that raised leaves its process group, and the next could not begin
+                distutils.cleanup()
     return finished
 
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
+import struct
+import time
 
 import pytest
 import wandb
 from fairchem.core.common.logger import WandBSingletonLogger
 from wandb.proto import wandb_internal_pb2
-from wandb.sdk.internal.datastore import DataStore
 
-from tests.fairchem2.support import crystals, model_config, run, run_config, write
+from tests.fairchem2.support import model_config, run, run_config, sample_data
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("logging")
-    write(folder / "train.aselmdb", crystals(8))
-    write(folder / "val.aselmdb", crystals(4, 100))
-    return folder
+    return sample_data(tmp_path_factory.mktemp("logging"))
 
 
 @pytest.fixture
@@ -45,15 +43,38 @@ def recorded(folder):
     """The records of a run of Weights & Biases, from its file."""
     wandb.finish()
     (path,) = folder.rglob("*.wandb")
-    store, records = DataStore(), []
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            records.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return records
+    found = []
+    for _ in range(300):  # its own process writes it
+        found = [_parsed(data) for data in _chunks(path.read_bytes())]
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            break
+        time.sleep(0.1)
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in found
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
+def _parsed(data):
+    record = wandb_internal_pb2.Record()
+    record.ParseFromString(data)
+    return record
+
+
+def _chunks(data, block=32768):
+    """The records of a file in LevelDB's log format, behind a header of seven bytes."""
+    position, whole = 7, b""
+    while position < len(data):
+        if block - position % block < 7:
+            position += block - position % block
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # the whole of a record, or its last part
+            yield whole
+            whole = b""
 
 
 def test_errors_of_denoising_steps_stand_in_the_hosts_own_records(folder, offline):
