@@ -13,8 +13,8 @@ import torch
 from fairchem.core.common import distutils
 from fairchem.core.datasets.atomic_data import AtomicData
 
-from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.errors import DataError
+from fairchem_scd.fairchem2.rows import with_advice
 
 
 class DataFaults:
@@ -81,7 +81,7 @@ class DataFaults:
             torch.distributed.all_gather_object(seen, self.stops_at)
         for line in seen:
             if line is not None:
-                raise DataError(f"{line}. With {key_of('on_bad_data')}: skip such rows are left out")
+                raise DataError(with_advice(line))
 
     def report(self, device: torch.device) -> None:
         """Say how many rows all ranks have left out. A collective call."""

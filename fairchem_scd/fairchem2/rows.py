@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ase.data import chemical_symbols
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fairchem_scd.denoising.adapter import Adapter
+from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.errors import ConfigError, DataError
 from fairchem_scd.fairchem2.batch import structures_of
@@ -84,14 +85,21 @@ class Guarded(Dataset):
             row, error = self.read(index)
             rows += [] if row is None else [row]
             errors += [] if error is None else [error]
-        if errors and (not skip or not rows):
-            raise DataError(errors[0])
+        if errors and not rows:
+            raise DataError(f"all {len(errors)} rows sampled cannot be trained on; the first: {errors[0]}")
+        if errors and not skip:
+            raise DataError(with_advice(errors[0]))
         return rows
 
     def _place(self, index: int) -> int:
         """The row's number in the data; the host's splits may be subsets of it."""
         indices = getattr(self.dataset, "indices", None)
         return index if indices is None else int(indices[index])
+
+
+def with_advice(line: str) -> str:
+    """What is wrong with a row, and what would let a run go on."""
+    return f"{line}. With {key_of('on_bad_data')}: skip such rows are left out"
 
 
 def guard(loader: Any, check: Callable[[AtomicData], None]) -> Sequence[Guarded]:
@@ -160,19 +168,21 @@ def check_row(row: AtomicData, host_tasks: Sequence[Task], max_num_elements: int
     for key in ("pos", "cell"):
         if not bool(row[key].isfinite().all()):
             raise DataError(f"{key} is not finite: {_first(row[key], ~row[key].isfinite())}")
-    for name in _labels(row, host_tasks):
+    dataset = _dataset(row)
+    for name in (task.name for task in host_tasks if dataset in task.datasets):
         if name not in row:
             raise DataError(
-                f"no label '{name}', which runner.train_eval_unit.tasks trains on the data set {row.dataset[0]}; its "
-                f"keys: {', '.join(sorted(row.keys()))}"
+                f"no label '{name}', which runner.train_eval_unit.tasks trains on the data set {dataset}; its keys: "
+                f"{', '.join(sorted(row.keys()))}"
             )
         if bool(row[name].isnan().any()):
             raise DataError(f"label '{name}' is not a number: {_first(row[name], row[name].isnan())}")
 
 
-def _labels(row: AtomicData, host_tasks: Sequence[Task]) -> Iterator[str]:
-    dataset = row.dataset[0] if "dataset" in row else None
-    return (task.name for task in host_tasks if dataset in task.datasets)
+def _dataset(row: AtomicData) -> str | None:
+    """The name of a row's data set, which the host keeps as such or in a list."""
+    name = row.get("dataset", None)
+    return name[0] if isinstance(name, list) else name
 
 
 def _first(values: Tensor, wrong: Tensor) -> list[float]:

@@ -80,19 +80,34 @@ def crystals(count: int, seed: int = 0) -> list[Atoms]:
     return [crystal(seed + i, (1, 1, 1 + i % 2)) for i in range(count)]
 
 
-def write(path: Path, structures: Iterable[Atoms], **data: Any) -> Path:
-    """A database as the host reads it."""
+def write(folder: Path, split: str, structures: Sequence[Atoms]) -> None:
+    """A database as the host reads it, where `run_config` looks for it."""
+    path = database(folder, split)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ase.db.connect(str(path)) as database:
+    with ase.db.connect(str(path)) as rows:
         for atoms in structures:
-            database.write(atoms, data=data)
-    return path
+            rows.write(atoms)
+    np.savez(path.parent / "metadata.npz", natoms=np.array([len(atoms) for atoms in structures]))
+
+
+def database(folder: Path, split: str) -> Path:
+    """Where the database of a split is."""
+    return folder / split / f"{split}.aselmdb"
+
+
+def sample_data(folder: Path) -> Path:
+    """The folder, with data for runs."""
+    write(folder, "train", crystals(8))
+    write(folder, "val", crystals(4, 100))
+    return folder
 
 
 def row(atoms: Atoms, dataset: str = "mo", **labels: str) -> AtomicData:
     """One structure as the host's dataset gives it; `labels` are further names for its labels."""
     data = AtomicData.from_ase(atoms, task_name=dataset, r_data_keys=["charge", "spin"])
     data.dataset_name = f"{dataset}.train"
+    if "stress" in data:
+        data.stress = data.stress.reshape(1, 9)  # as configs have the host transform it
     for name, label in labels.items():
         data[name] = data[label].clone()
     return data
@@ -227,8 +242,8 @@ def run_config(
         },
         "runner": {
             "_target_": "fairchem.core.components.train.train_runner.TrainEvalRunner",
-            "train_dataloader": _loader(folder / "train.aselmdb", collate, shuffle=True),
-            "eval_dataloader": _loader(folder / "val.aselmdb", collate, shuffle=False),
+            "train_dataloader": _loader(database(folder, "train"), collate, shuffle=True),
+            "eval_dataloader": _loader(database(folder, "val"), collate, shuffle=False),
             "train_eval_unit": {
                 "_target_": f"{UNIT}.MLIPTrainEvalUnit" if denoising is None else OURS,
                 **({} if denoising is None else {"denoising": dict(denoising)}),
@@ -269,11 +284,14 @@ def _optimisation(steps: int) -> dict[str, Any]:
     }
 
 
-def _loader(database: Path, collate: Mapping[str, Any], *, shuffle: bool) -> dict[str, Any]:
+def _loader(path: Path, collate: Mapping[str, Any], *, shuffle: bool) -> dict[str, Any]:
     dataset = {
-        "splits": {database.stem: {"src": [str(database)]}},
+        "splits": {path.stem: {"src": [str(path)]}},
         "format": "ase_db",
-        "transforms": {"common_transform": {"dataset_name": "mo"}},
+        "transforms": {
+            "common_transform": {"dataset_name": "mo"},
+            "stress_reshape_transform": {"dataset_name": "mo"},
+        },
     }
     return {
         "_target_": "fairchem.core.components.common.dataloader_builder.get_dataloader",
@@ -347,7 +365,11 @@ def run(config: Mapping[str, Any] | Path, name: str, *overrides: str) -> Run:
     finished = Run(Path(made["job"]["run_dir"]) / name)
     with _watched(finished):
         hydra.core.global_hydra.GlobalHydra.instance().clear()
-        main(Namespace(config=str(path)), [f"{new}job.timestamp_id={name}", *overrides])
+        try:
+            main(Namespace(config=str(path)), [f"{new}job.timestamp_id={name}", *overrides])
+        finally:
+            if distutils.initialized():  # a run that raised leaves its process group, and the next could not begin
+                distutils.cleanup()
     return finished
 
 
@@ -416,14 +438,14 @@ def unit_of(
     *,
     model: Mapping[str, Any] | None = None,
     tasks: Sequence[Mapping[str, Any]] | None = None,
-    seed: int = 0,
+    job: Mapping[str, Any] | None = None,
     cls: type[MLIPTrainEvalUnit] | None = None,
     **arguments: Any,
 ) -> MLIPTrainEvalUnit:
     """A unit as a run would have it, with the same fresh weights for equal models."""
     one_rank()
     torch.manual_seed(1)
-    job = OmegaConf.create({"seed": seed, "debug": True, "logger": None, "graph_parallel": {"group_size": 1}})
+    config = {"seed": 0, "debug": True, "logger": None, "graph_parallel": {"group_size": 1}, **(job or {})}
     built = hydra.utils.instantiate(dict(model_config() if model is None else model))
     made = [hydra.utils.instantiate(each) for each in (tasks_config() if tasks is None else tasks)]
     optimisation = {
@@ -432,12 +454,13 @@ def unit_of(
     }
     cls = cls or (MLIPTrainEvalUnit if denoising is None else DenoisingTrainEvalUnit)
     block = {} if denoising is None else {"denoising": OmegaConf.create(dict(denoising))}
-    return cls(job, built, tasks=made, **block, **{**optimisation, **arguments})
+    return cls(OmegaConf.create(config), built, tasks=made, **block, **{**optimisation, **arguments})
 
 
 def train_on(unit: MLIPTrainEvalUnit, batches: Iterable[AtomicData]) -> None:
-    """Train a unit on batches, a step each."""
-    train(unit, [copy.deepcopy(batch) for batch in batches], max_epochs=1)
+    """Train a unit on batches, a step each, as one epoch more."""
+    epochs = unit.train_progress.num_epochs_completed + 1
+    train(unit, [copy.deepcopy(batch) for batch in batches], max_epochs=epochs)
 
 
 def plain_state(unit: MLIPTrainEvalUnit) -> dict[str, Any]:

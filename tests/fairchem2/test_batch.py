@@ -130,7 +130,7 @@ def test_a_structures_name_and_noise_do_not_depend_on_the_batch():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_structures_name_does_not_depend_on_the_loaders_processes(tmp_path, workers):
-    write(tmp_path / "train.aselmdb", crystals(6))
+    write(tmp_path, "train", crystals(6))
     names = []
     for count in (0, workers):
         config = OmegaConf.create(run_config(tmp_path)["runner"]["train_dataloader"])

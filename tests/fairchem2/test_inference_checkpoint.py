@@ -13,12 +13,12 @@ import torch
 from tests.fairchem2.support import (
     UMA,
     UNIT,
-    crystals,
+    database,
     differences,
     model_config,
     run,
     run_config,
-    write,
+    sample_data,
 )
 
 _USE = """
@@ -57,16 +57,13 @@ print("RESULT" + json.dumps(out))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inference")
-    write(folder / "train.aselmdb", crystals(8))
-    write(folder / "val.aselmdb", crystals(4, 100))
-    return folder
+    return sample_data(tmp_path_factory.mktemp("inference"))
 
 
 def used_without_us(folder, *paths):
     """What a process in which this package cannot be imported makes of inference checkpoints."""
     code = _USE.replace("HEAD", f"{UMA}.escn_md.MLP_Energy_Head")
-    command = [sys.executable, "-W", "ignore", "-c", code, str(folder / "val.aselmdb"), *map(str, paths)]
+    command = [sys.executable, "-W", "ignore", "-c", code, str(database(folder, "val")), *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "RESULT" in done.stdout, done.stderr[-3000:]
     return json.loads(done.stdout.split("RESULT")[1])

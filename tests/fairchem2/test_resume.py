@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fairchem_scd.errors import ConfigError
-from tests.fairchem2.support import OURS, crystals, differences, model_config, run, run_config, write
+from tests.fairchem2.support import OURS, differences, model_config, run, run_config, sample_data, tasks_config
 
 # All that draws random numbers in a step, and all that a second pass could disturb.
 MODEL = model_config(
@@ -22,10 +22,7 @@ TASKS = {"scd": {"prob": 0.5, "num_steps": 3, "std_low": 0.01, "std_high": 0.1},
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    write(folder / "train.aselmdb", crystals(8))
-    write(folder / "val.aselmdb", crystals(4, 100))
-    return folder
+    return sample_data(tmp_path_factory.mktemp("resume"))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +32,15 @@ def plain(folder):
 
 
 def test_a_resumed_run_ends_where_the_whole_one_did_to_the_last_bit(folder):
-    config = run_config(folder, model=MODEL, denoising=TASKS, steps=6, checkpoint_every=3, evaluate_every=2)
+    config = run_config(
+        folder,
+        model=MODEL,
+        tasks=tasks_config(stress=True),
+        denoising=TASKS,
+        steps=6,
+        checkpoint_every=3,
+        evaluate_every=2,
+    )
     whole = run(config, "whole")
     kinds = {"scd" if "denoising_left_out" in line else "dens" for line in _metrics(whole)}
     assert len(kinds) == 2, "the run was to have steps of both tasks"

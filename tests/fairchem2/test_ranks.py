@@ -1,0 +1,117 @@
+"""Steps on two ranks: what one rank would do with both batches."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from fairchem.core.common import distutils
+from fairchem.core.datasets.atomic_data import atomicdata_list_to_batch
+
+from fairchem_scd.errors import DataError
+from tests.fairchem2.support import (
+    batch_of,
+    crystals,
+    inner,
+    model_config,
+    plain_state,
+    tasks_config,
+    train_on,
+    unit_of,
+)
+
+SGD = partial(torch.optim.SGD, lr=0.05)
+BLOCKS = {"scd": {"scd": {"prob": 1}}, "dens": {"dens": {"prob": 1}}, "noisy nodes": {"noisy_nodes": {}}}
+KINDS = {"scd": {"prob": 0.4}, "dens": {"prob": 0.3}}
+CONSERVATIVE = {"direct": False, "stress": True, "experts": 2, "moe_dropout": 0.3, "activation_checkpointing": True}
+
+
+def batches(rank):
+    """A rank's batches; the ranks' have different sizes, and in one of them nothing moves on the second rank."""
+    made = [batch_of(crystals(2 + rank, 10 * rank + seed)) for seed in range(3)]
+    if rank == 1:
+        made[1].fixed[:] = 1
+    return made
+
+
+def weights(unit):
+    return {name: value.clone() for name, value in inner(unit).state_dict().items() if value.is_floating_point()}
+
+
+def _on_rank(rank, folder):
+    """All that the claims below are about, on one of two ranks."""
+    torch.set_num_threads(1)
+    distutils.assign_device_for_local_rank(cpu=True, local_rank=rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = {}
+    for name, block in BLOCKS.items():
+        unit = unit_of(block, optimizer_fn=SGD)
+        train_on(unit, batches(rank)[:2])
+        found[name] = weights(unit)
+    unit = unit_of(KINDS, model=model_config(**CONSERVATIVE), tasks=tasks_config(stress=True))
+    drawn = [getattr(unit.draw_task(step), "name", None) for step in range(6)]
+    train_on(unit, batches(rank) * 2)
+    found["kinds"], found["drawn"] = weights(unit), drawn
+    pretraining = unit_of({"scd": {}}, model=model_config(heads={}), tasks=[])
+    train_on(pretraining, batches(rank))
+    found["pre-training"] = weights(pretraining)
+    noise = pretraining._corrupted(batches(0)[0], pretraining.draw_task(0), 5).corruption.noise
+    found["noise"] = {"same batch": noise}
+    before, bad = plain_state(unit)["model"], batches(rank)[:1]
+    bad[0].bad_data = ["mo.train, row 7: broken" if rank == 1 else ""] * len(bad[0].natoms)
+    try:
+        train_on(unit, bad)
+        found["error"] = "none"
+    except DataError as error:
+        found["error"] = str(error)
+    found["untouched"] = all(torch.equal(before[name], value) for name, value in plain_state(unit)["model"].items())
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """What each of two ranks found."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_on_rank, (folder,), nprocs=2)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_two_ranks_train_what_one_would_on_both_batches(ranks, name):
+    """To the precision to which the host's random frames of edges, which differ, leave the model as it is."""
+    unit = unit_of(BLOCKS[name], optimizer_fn=SGD)
+    start = weights(unit)
+    train_on(unit, [joined(*pair) for pair in zip(batches(0)[:2], batches(1)[:2], strict=True)])
+    expected = weights(unit)
+    moved = [key for key in start if not torch.equal(start[key], expected[key])]
+    assert any("noise_head" in key for key in moved)
+    for key in moved:
+        step = (expected[key] - start[key]).abs().max()
+        assert (ranks[0][name][key] - expected[key]).abs().max() < 1e-3 * step + 1e-7, key
+
+
+def test_all_kinds_of_steps_follow_each_other_and_ranks_stay_equal(ranks):
+    assert {"scd", "dens", None} <= set(ranks[0]["drawn"])
+    assert ranks[0]["drawn"] == ranks[1]["drawn"]
+    for key in (*BLOCKS, "kinds", "pre-training", "noise"):
+        assert ranks[0][key].keys() == ranks[1][key].keys()
+        assert all(torch.equal(value, ranks[1][key][name]) for name, value in ranks[0][key].items()), key
+
+
+def test_a_bad_row_on_one_rank_ends_all_before_it_changes_the_weights(ranks):
+    for found in ranks:
+        assert found["error"].startswith("mo.train, row 7: broken. With runner.train_eval_unit.denoising.on_bad_data")
+        assert found["untouched"]
+
+
+def joined(first, second):
+    """Two batches as one."""
+    rows = [*first.batch_to_atomicdata_list(), *second.batch_to_atomicdata_list()]
+    return atomicdata_list_to_batch([copy.deepcopy(row) for row in rows])
