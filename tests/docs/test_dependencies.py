@@ -24,12 +24,7 @@ OPTIONAL |= {"fairchem": ["fairchem-core"]}
 # Where the code for one host is.
 OF_A_HOST = {
     1: ("fairchem_scd/fairchem1", "fairchem_scd/testing", "tests/fairchem1", "tests/runs", "tests/support"),
-    2: (
-        "fairchem_scd/fairchem2",
-        "fairchem_scd/commands/fairchem2",
-        "tests/fairchem2",
-        "benchmarks/step_cost_fairchem2.py",
-    ),
+    2: ("fairchem_scd/fairchem2", "fairchem_scd/commands/fairchem2", "tests/fairchem2", "benchmarks/fairchem2"),
 }
 
 
@@ -87,7 +82,8 @@ def development(project: dict[str, Any]) -> set[str]:
 
 
 def test_what_the_package_imports_is_declared_for_each_fairchem(project):
-    folders = {1: imported("fairchem_scd", without=OF_A_HOST[2]), 2: imported(*OF_A_HOST[2])}
+    own = [folder for folder in OF_A_HOST[2] if folder.startswith("fairchem_scd/")]
+    folders = {1: imported("fairchem_scd", without=OF_A_HOST[2]), 2: imported(*own)}
     for major, found in folders.items():
         declared = base(project) | host(project, major)
         assert not {name: path for name, path in found.items() if not providers(name) & declared}
@@ -116,9 +112,10 @@ def test_what_is_declared_is_imported_or_said_to_be_for_another_reason(project):
     assert development(project) - everywhere == TOOLS
 
 
-def test_the_second_environment_takes_the_extra_and_the_same_development_tools(project):
+def test_the_second_environment_takes_the_extra_and_what_its_tests_import(project):
     tomllib = pytest.importorskip("tomllib")
     second = tomllib.loads((ROOT / "hosts" / "fairchem2" / "pyproject.toml").read_text())
     assert second["project"]["dependencies"] == ["fairchem-scd[fairchem2,parquet,testing]"]
-    tools = set(second["dependency-groups"]["dev"])
-    assert tools <= set(project["dependency-groups"]["dev"])
+    declared = base(project) | host(project, 2) | development(second)
+    found = imported(*OF_A_HOST[2], "tests/denoising")
+    assert not {name: path for name, path in found.items() if not providers(name) & declared}

@@ -6,8 +6,8 @@ random order each round, so that whatever else the machine does hits all alike; 
 table gives the median over the rounds with a 95% interval (order statistics). `plain, again` is a second plain step a
 round: how far its ratio is from 1 is the error of the method. "wanted" is the most that a step may cost.
 
-    python -m benchmarks.step_cost_fairchem2
-    python -m benchmarks.step_cost_fairchem2 --kinds conservative --experts 8 --layers 4 --channels 128
+    python -m benchmarks.fairchem2.step_cost
+    python -m benchmarks.fairchem2.step_cost --kinds conservative --experts 8 --layers 4 --channels 128
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def _where(options: argparse.Namespace) -> str:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     summary, _, epilog = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step_cost_fairchem2",
+        prog="python -m benchmarks.fairchem2.step_cost",
         description=summary,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,0 +1,1 @@
+"""Measurements on fairchem 2.x."""
