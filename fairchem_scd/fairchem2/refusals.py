@@ -112,6 +112,8 @@ def check_settings(settings: Denoising, tasks: Mapping[str, DenoisingTask]) -> N
     """Raise ConfigError for settings that only fairchem 1.x has."""
     absent = {
         key_of("drop_path"): settings.drop_path is not None and "the host's backbones have no drop path",
+        key_of("drop_path_per"): settings.drop_path_per is not None and "the host's backbones have no drop path",
+        key_of("quiet_heads"): settings.quiet_heads and "new heads start as the host makes them",
         key_of("repeat_cells"): settings.repeat_cells is not None and "make larger cells when you write the data",
         key_of("restart"): settings.restart
         and "to count steps from zero, start from an inference checkpoint by initialize_finetuning_model",
@@ -119,6 +121,8 @@ def check_settings(settings: Denoising, tasks: Mapping[str, DenoisingTask]) -> N
     for name, task in tasks.items():
         for key in task.subset_settings:
             absent[key_of(name, key)] = "parts of a structure have no charge and spin of their own"
+        if getattr(task.settings, "judge_condition", None):
+            absent[key_of(name, "judge_condition")] = "validation does not measure what the condition is worth"
         if getattr(task.settings, "null_condition", "identity") == "mask_token":
             absent[key_of(name, "null_condition")] = "with mask_token checkpoints would not be plain; use identity"
     for key, reason in absent.items():

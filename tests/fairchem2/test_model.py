@@ -121,6 +121,25 @@ def test_activation_checkpointing_changes_no_gradient(experts, direct, equal_edg
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_running_the_clean_pass_again_changes_no_gradient(experts, direct, checkpointing):
+    """`scd.recompute_clean_pass`, with dropout of experts, and on top of activation checkpointing."""
+    config = model_config(
+        direct=direct, experts=experts, activation_checkpointing=checkpointing, **(DROPPING if experts else {})
+    )
+    batch, found = batch_of(crystals(2)), []
+    for recompute in (False, True):
+        model = stirred(converted({"scd": {"prob": 1, "recompute_clean_pass": recompute}}, config)).train()
+        plan, _ = plan_of(model, batch)
+        assert plan.passes[0].recompute == recompute
+        found.append(gradients(model, batch, plan))
+    expected, again = found
+    assert set(expected) == set(again)
+    assert all(torch.equal(expected[name], again[name]) for name in expected)
+
+
 def test_activation_checkpointing_would_take_the_wrong_experts(monkeypatch):
     """What the guard of the claim above is for: the same step without it has other gradients, and no error."""
     config = model_config(experts=4, activation_checkpointing=True, **DROPPING)

@@ -62,6 +62,13 @@ CASES = {
     "parts of structures": ({"scd": {"denoise_tags": [1]}}, {}, f"{KEY}.denoising.scd.denoise_tags: only on"),
     "drop path": ({"scd": {}, "drop_path": {}}, {}, f"{KEY}.denoising.drop_path: only on fairchem 1.x"),
     "repeated cells": ({"scd": {}, "repeat_cells": {}}, {}, f"{KEY}.denoising.repeat_cells: only on fairchem 1.x"),
+    "drop path for each atom": ({"scd": {}, "drop_path_per": "atom"}, {}, f"{KEY}.denoising.drop_path_per: only on"),
+    "quiet heads": ({"scd": {}, "quiet_heads": True}, {}, f"{KEY}.denoising.quiet_heads: only on fairchem 1.x"),
+    "a judged condition": (
+        {"scd": {"judge_condition": True}},
+        {},
+        f"{KEY}.denoising.scd.judge_condition: only on fairchem 1.x",
+    ),
     "restart": ({"scd": {}, "restart": True}, {}, f"{KEY}.denoising.restart: only on fairchem 1.x"),
     "pre-training with ordinary steps": (
         {"scd": {"prob": 0.5}},
