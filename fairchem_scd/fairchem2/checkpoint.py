@@ -69,7 +69,7 @@ def load_known(folder: str, state: dict[str, Any]) -> dict[str, Any]:
 
 def check_only_added(folder: str, keys: Collection[str]) -> None:
     """Raise ConfigError unless all keys that a training checkpoint lacks are of what this package adds."""
-    others = sorted(key for key in keys if not is_added(key))
+    others = sorted(key for key in keys if not _ADDED.search(key))
     if others:
         raise ConfigError(
             f"{folder}: of another model: it has no {', '.join(others[:3])}{' …' if len(others) > 3 else ''}; to start "
@@ -77,10 +77,10 @@ def check_only_added(folder: str, keys: Collection[str]) -> None:
         )
 
 
-def is_added(name: str) -> bool:
-    """Whether a weight is one that this package adds."""
-    return bool(_ADDED.search(name))
+def lacks(missing: Collection[str], name: str) -> bool:
+    """Whether a model's weight is among the `missing_keys` of a training checkpoint."""
+    return f"unit_state.model.{name}" in missing
 
 
 def _without_added(weights: dict[str, Any] | None) -> dict[str, Any] | None:
-    return weights and {name: value for name, value in weights.items() if not is_added(name)}
+    return weights and {name: value for name, value in weights.items() if not _ADDED.search(name)}

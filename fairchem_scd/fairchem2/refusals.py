@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -82,10 +83,14 @@ def check_host() -> None:
 
 
 def check_arguments(host: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a denoising block, or a part of one, in the wrong place beside the unit's arguments."""
-    for name in host:
+    """Raise ConfigError for a key beside the denoising block that the host's unit does not know."""
+    known = inspect.signature(MLIPTrainEvalUnit.__init__).parameters
+    for name in set(host) - set(known):
         if name == "task" or name in task_names():
             raise ConfigError(f"{UNIT}.{name}: unknown; denoising tasks stand in {key_of()}, such as {key_of('scd')}")
+        close = difflib.get_close_matches(name, ["denoising", *known], n=1)
+        hint = f"did you mean '{close[0]}'?" if close else "the host's unit has no such argument"
+        raise ConfigError(f"{UNIT}.{name}: unknown key; {hint}")
 
 
 def check_run(job: Any, host: Mapping[str, Any]) -> None:

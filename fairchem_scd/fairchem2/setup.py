@@ -41,6 +41,7 @@ class Setup:
     self_supervised: bool
 
 
+@block_called(KEY)
 def prepare(job: Any, model: nn.Module, host_tasks: Sequence[Task], block: Any, host: Mapping[str, Any]) -> Setup:
     """Read the denoising block and, if it turns on any task, check the run and convert the model.
 
@@ -54,25 +55,24 @@ def prepare(job: Any, model: nn.Module, host_tasks: Sequence[Task], block: Any, 
     Raises:
         ConfigError: the run cannot be trained as written; the message names the key and what would be right.
     """
-    with block_called(KEY):
-        refusals.check_arguments(host)
-        trained = filter_inference_only_tasks(host_tasks)
-        plain = OmegaConf.to_container(block, resolve=True) if OmegaConf.is_config(block) else block
-        tasks, settings = build_tasks(plain, supervised=bool(trained))
-        if tasks:
-            refusals.check_host()
-            refusals.check_run(job, host)
-            refusals.check_settings(settings, tasks)
-            refusals.check_model(model)
-            refusals.check_tasks(tasks, trained)
-            if not trained:
-                _check_every_step_denoises(tasks)
-            for task in tasks.values():
-                task.check_backbone(adapter_for(model.backbone), heads=bool(model.output_heads))
-            convert(model, tasks)
-            if not trained:
-                for parameter in frozen_in_pretraining(model):
-                    parameter.requires_grad_(False)
+    refusals.check_arguments(host)
+    trained = filter_inference_only_tasks(host_tasks)
+    plain = OmegaConf.to_container(block, resolve=True) if OmegaConf.is_config(block) else block
+    tasks, settings = build_tasks(plain, supervised=bool(trained))
+    if tasks:
+        refusals.check_host()
+        refusals.check_run(job, host)
+        refusals.check_settings(settings, tasks)
+        refusals.check_model(model)
+        refusals.check_tasks(tasks, trained)
+        if not trained:
+            _check_every_step_denoises(tasks)
+        for task in tasks.values():
+            task.check_backbone(adapter_for(model.backbone), heads=bool(model.output_heads))
+        convert(model, tasks)
+        if not trained:
+            for parameter in frozen_in_pretraining(model):
+                parameter.requires_grad_(False)
     return Setup(tasks, settings, self_supervised=not trained)
 
 

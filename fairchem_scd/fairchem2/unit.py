@@ -75,6 +75,7 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
 
     # --- before the first step ------------------------------------------------------------------------------------
 
+    @block_called(KEY)
     def on_train_start(self, state: State) -> None:
         """As the host's, after the data were checked: see `Guarded` and `check_sample`.
 
@@ -82,8 +83,7 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
             ConfigError, DataError: the data cannot be trained on; the message names the row or the key.
         """
         if self.setup.tasks:
-            with block_called(KEY):
-                self._check_data(state)
+            self._check_data(state)
         super().on_train_start(state)
 
     def _check_data(self, state: State) -> None:
@@ -110,12 +110,13 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
         checkpoint.check_only_added(checkpoint_location, missing)
         self.load_state_dict(checkpoint.load_known(checkpoint_location, self.state_dict()))
         for name, parameter in unwrapped(self.model).named_parameters():
-            if checkpoint.is_added(name):
+            if checkpoint.lacks(missing, name):
                 self.optimizer.state.pop(parameter, None)
-        logging.warning("%s has no weights of %s: they start fresh", checkpoint_location, KEY)
+        logging.warning("%s lacks weights that %s adds: they start fresh", checkpoint_location, KEY)
 
     # --- training -------------------------------------------------------------------------------------------------
 
+    @block_called(KEY)
     def train_step(self, state: State, data: AtomicData) -> None:
         if not self.setup.tasks:
             super().train_step(state, data)
@@ -123,12 +124,11 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
         number = self.train_progress.num_steps_completed
         self._seed(number, "random numbers")
         task = self.draw_task(number)
-        with block_called(KEY):
-            self._faults.note(data)
-            self._faults.tell_ranks(torch.device(get_device_for_local_rank()))
-            step = Step() if task is None else self._corrupted(data, task, number, _progress(state, number))
-            with _in_step(self, step, data, self.model), self._finite.watched(number, self._faults.stop_if_told):
-                super().train_step(state, data)
+        self._faults.note(data)
+        self._faults.tell_ranks(torch.device(get_device_for_local_rank()))
+        step = Step() if task is None else self._corrupted(data, task, number, _progress(state, number))
+        with _in_step(self, step, data, self.model), self._finite.watched(number, self._faults.stop_if_told):
+            super().train_step(state, data)
         self._printed.update(step.measured)
         if number % self.print_every == 0:
             means, self._printed = self._printed.means(), Measured()
@@ -168,6 +168,7 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
         if self.setup.tasks:
             self._seed(self.train_progress.num_steps_completed, "validation")
 
+    @block_called(KEY)
     def eval_step(self, state: State, data: AtomicData) -> None:
         """As the host's. In pre-training there is nothing else to judge by, so the noise of validation is predicted."""
         if self.setup.tasks:
@@ -181,10 +182,10 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
             super().eval_step(state, data)
         self._validated.update(step.measured)
 
+    @block_called(KEY)
     def on_eval_epoch_end(self, state: State) -> None:
         if self.setup.tasks:
-            with block_called(KEY):
-                self._faults.stop_if_any()
+            self._faults.stop_if_any()
         super().on_eval_epoch_end(state)
         if not (self.setup.tasks and self.setup.self_supervised):
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 
 import pytest
 import wandb
@@ -42,14 +43,23 @@ def recorded(folder):
     """The records of a run of Weights & Biases, from its file."""
     wandb.finish()
     (path,) = folder.rglob("*.wandb")
-    records = []
-    for data in _chunks(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            records.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return records
+    found = []
+    for _ in range(300):  # its own process writes it
+        found = [_parsed(data) for data in _chunks(path.read_bytes())]
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            break
+        time.sleep(0.1)
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in found
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
+def _parsed(data):
+    record = wandb_internal_pb2.Record()
+    record.ParseFromString(data)
+    return record
 
 
 def _chunks(data, block=32768):

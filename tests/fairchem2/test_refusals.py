@@ -29,6 +29,7 @@ CASES = {
         "the probabilities must sum to at most 1",
     ),
     "a task beside the block": ({}, {"scd": {}}, f"{KEY}.scd: unknown; denoising tasks stand in {KEY}.denoising"),
+    "the block misspelt": ({}, {"denoise": {}}, f"{KEY}.denoise: unknown key; did you mean 'denoising'?"),
     "the block of the first host": ({}, {"task": {"denoising": {}}}, f"{KEY}.task: unknown"),
     "dens without forces": (
         {"dens": {}},

@@ -68,6 +68,13 @@ def test_a_plain_run_goes_on_with_denoising(folder, plain):
     assert denoising.unit.optimizer.state[denoising.unit.model.module.backbone.norm.affine_weight]["step"] == 5
     added = denoising.unit.model.module.denoising["scd"]["noise_head"].linear.weight
     assert denoising.unit.optimizer.state[added]["step"] == 2, "its own two steps"
+    # With another task besides, what the first one added keeps what the optimiser knows of it.
+    config = run_config(folder, denoising={"scd": {"prob": 0.5}, "dens": {}}, steps=6)
+    config["job"]["runner_state_path"] = str(denoising.checkpoint())
+    both = run(config, "both")
+    of_scd, of_dens = (both.unit.model.module.denoising[name]["noise_head"].linear.weight for name in ("scd", "dens"))
+    assert both.unit.optimizer.state[of_scd]["step"] == 4
+    assert both.unit.optimizer.state[of_dens]["step"] == 2
 
 
 def test_the_first_step_after_the_change_starts_from_the_plain_runs_weights(folder, plain):
