@@ -69,6 +69,12 @@ def test_a_version_of_fairchem_that_is_not_known_is_no_host(package_on):
         getattr(package, ONE)
 
 
+@pytest.mark.skipif(host.installed_major() == 1, reason="it works there")
+def test_the_claims_for_backbones_of_fairchem_1_say_where_they_belong():
+    with pytest.raises(ImportError, match=r"fairchem_scd\.testing is for fairchem-core 1\.x"):
+        importlib.import_module("fairchem_scd.testing")
+
+
 def test_a_name_of_neither_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'DenoisingUnit'"):
         fairchem_scd.DenoisingUnit  # noqa: B018

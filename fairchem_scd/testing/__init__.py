@@ -5,6 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from fairchem_scd.host import installed_major, missing
+
+if installed_major() != 1:
+    raise ImportError(missing("fairchem_scd.testing", 1))
+
 from fairchem_scd.testing.backbone_claims import BackboneClaims
 from fairchem_scd.testing.support import (
     BOTH,

@@ -1,26 +1,10 @@
-"""The tests of this folder need fairchem-core 2.x; where another host is installed they are left out, with one line."""
+"""The tests of this folder need fairchem-core 2.x; tests/conftest.py leaves them out where it is not installed."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
 import pytest
 
-try:
-    _HOST = version("fairchem-core")
-except PackageNotFoundError:
-    _HOST = "none"
-
-if _HOST.startswith("2."):
-    pytest.register_assert_rewrite("tests.fairchem2.support")
-else:
-    collect_ignore_glob = ["test_*.py"]
-
-
-def pytest_report_header() -> list[str]:
-    if _HOST.startswith("2."):
-        return []
-    return [f"tests/fairchem2: left out, since they need fairchem-core 2.x (installed: {_HOST})"]
+pytest.register_assert_rewrite("tests.fairchem2.support")
 
 
 @pytest.fixture(autouse=True)

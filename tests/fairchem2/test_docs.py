@@ -118,6 +118,13 @@ def uma_checkpoint(path: Path) -> None:
 
 def templates(folder: Path) -> None:
     """Templates as fairchem's repository has them, for the script that fills them in; on a CPU, and for two steps."""
+    (folder / "data").mkdir(parents=True)
+    name = "uma_conserving_data_task_energy_force_stress"
+    (folder / "data" / f"{name}.yaml").write_text(yaml.safe_dump(_data_template(), sort_keys=False))
+    (folder / "uma_sm_finetune_template.yaml").write_text(yaml.safe_dump(_run_template(), sort_keys=False))
+
+
+def _data_template() -> dict:
     data = {"format": "ase_db", "a2g_args": {"max_neigh": "${max_neighbors}", "radius": "${cutoff_radius}"}}
     named = {"dataset_name": "${data.dataset_name}"}
     transforms = {"common_transform": named, "stress_reshape_transform": named}
@@ -128,7 +135,7 @@ def templates(folder: Path) -> None:
     references = element_references()
     references["element_references"]["_args_"] = ["${data.elem_refs}"]
     tasks[0]["element_references"] = references
-    described = {
+    return {
         "dataset_name": "??",
         "elem_refs": "??",
         "normalizer_rmsd": "??",
@@ -136,27 +143,48 @@ def templates(folder: Path) -> None:
         "val_dataset": {"splits": {"val": {"src": "??"}}, **data, "transforms": transforms},
         "tasks_list": tasks,
     }
-    sampler = "fairchem.core.datasets.samplers.max_atom_distributed_sampler.MaxAtomDistributedBatchSampler"
 
-    def loader(split: str) -> dict:
-        return {
-            "_target_": "fairchem.core.components.common.dataloader_builder.get_dataloader",
-            "dataset": f"${{{split}_dataset}}",
-            "batch_sampler_fn": {"_target_": sampler, "_partial_": True, "max_atoms": 14, "shuffle": True, "seed": 0},
-            "num_workers": 0,
-            "collate_fn": {"_target_": f"{UNIT}.mt_collater_adapter", "tasks": "${data.tasks_list}"},
-        }
 
-    def dataset(split: str) -> dict:
-        return {
-            "_target_": "fairchem.core.datasets.mt_concat_dataset.create_concat_dataset",
-            "dataset_configs": {"DATASET_NAME": f"${{data.{split}_dataset}}"},
-            "combined_dataset_config": {"sampling": {"type": "temperature", "temperature": 1.0}},
-        }
+def _run_template() -> dict:
+    return {
+        "defaults": [{"data": "uma_conserving_data_task_template"}, "_self_"],
+        "job": {
+            "device_type": "CPU",
+            "scheduler": {"mode": "LOCAL", "ranks_per_node": 1},
+            "debug": True,
+            "run_dir": "/tmp/uma_finetune_runs/",
+            "run_name": "uma_finetune",
+        },
+        "base_model_name": "uma-s-1",
+        "max_neighbors": 20,
+        "cutoff_radius": 4,
+        "train_dataset": _dataset("train"),
+        "train_dataloader": _loader("train"),
+        "val_dataset": _dataset("val"),
+        "eval_dataloader": _loader("val"),
+        "runner": {
+            "_target_": "fairchem.core.components.train.train_runner.TrainEvalRunner",
+            "train_dataloader": "${train_dataloader}",
+            "eval_dataloader": "${eval_dataloader}",
+            "train_eval_unit": _unit_template(),
+            "max_epochs": None,
+            "max_steps": 2,
+            "evaluate_every_n_steps": 2,
+            "callbacks": [
+                {
+                    "_target_": "fairchem.core.components.train.train_runner.TrainCheckpointCallback",
+                    "checkpoint_every_n_steps": 1,
+                    "max_saved_checkpoints": 5,
+                }
+            ],
+        },
+    }
 
+
+def _unit_template() -> dict:
     scheduler = {"warmup_factor": 0.2, "warmup_epochs": 0.01, "lr_min_factor": 0.01, "epochs": None, "steps": 2}
     checkpoint = "fairchem.core.calculate.pretrained_mlip.pretrained_checkpoint_path_from_name"
-    unit = {
+    return {
         "_target_": f"{UNIT}.MLIPTrainEvalUnit",
         "job_config": "${job}",
         "tasks": "${data.tasks_list}",
@@ -174,38 +202,25 @@ def templates(folder: Path) -> None:
         "print_every": 1,
         "clip_grad_norm": 100,
     }
-    saver = {"_target_": "fairchem.core.components.train.train_runner.TrainCheckpointCallback"}
-    whole = {
-        "defaults": [{"data": "uma_conserving_data_task_template"}, "_self_"],
-        "job": {
-            "device_type": "CPU",
-            "scheduler": {"mode": "LOCAL", "ranks_per_node": 1},
-            "debug": True,
-            "run_dir": "/tmp/uma_finetune_runs/",
-            "run_name": "uma_finetune",
-        },
-        "base_model_name": "uma-s-1",
-        "max_neighbors": 20,
-        "cutoff_radius": 4,
-        "train_dataset": dataset("train"),
-        "train_dataloader": loader("train"),
-        "val_dataset": dataset("val"),
-        "eval_dataloader": loader("val"),
-        "runner": {
-            "_target_": "fairchem.core.components.train.train_runner.TrainEvalRunner",
-            "train_dataloader": "${train_dataloader}",
-            "eval_dataloader": "${eval_dataloader}",
-            "train_eval_unit": unit,
-            "max_epochs": None,
-            "max_steps": 2,
-            "evaluate_every_n_steps": 2,
-            "callbacks": [{**saver, "checkpoint_every_n_steps": 1, "max_saved_checkpoints": 5}],
-        },
+
+
+def _dataset(split: str) -> dict:
+    return {
+        "_target_": "fairchem.core.datasets.mt_concat_dataset.create_concat_dataset",
+        "dataset_configs": {"DATASET_NAME": f"${{data.{split}_dataset}}"},
+        "combined_dataset_config": {"sampling": {"type": "temperature", "temperature": 1.0}},
     }
-    (folder / "data").mkdir(parents=True)
-    name = "uma_conserving_data_task_energy_force_stress"
-    (folder / "data" / f"{name}.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
-    (folder / "uma_sm_finetune_template.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+
+
+def _loader(split: str) -> dict:
+    sampler = "fairchem.core.datasets.samplers.max_atom_distributed_sampler.MaxAtomDistributedBatchSampler"
+    return {
+        "_target_": "fairchem.core.components.common.dataloader_builder.get_dataloader",
+        "dataset": f"${{{split}_dataset}}",
+        "batch_sampler_fn": {"_target_": sampler, "_partial_": True, "max_atoms": 14, "shuffle": True, "seed": 0},
+        "num_workers": 0,
+        "collate_fn": {"_target_": f"{UNIT}.mt_collater_adapter", "tasks": "${data.tasks_list}"},
+    }
 
 
 def test_the_page_about_uma_runs_from_a_folder_of_structures_to_a_calculator(tmp_path, monkeypatch, capsys):

@@ -118,15 +118,21 @@ def embed(
     with tqdm(total=size, desc="embedding", unit=" structures", disable=not progress) as bar:
         for rows in _batches(dataset, size, batch_size):
             for row, scalars, c in _embedded(model, rows, conditioned, len(records)):
-                made = {} if c is None else {"condition": c.numpy()}
-                if kind != "condition":
-                    made["features"] = getattr(scalars, pool)(dim=0).numpy()
-                if per_atom:
-                    made["atom_features"] = scalars.numpy()
+                made = _made(scalars, c, kind, pool, per_atom)
                 records.append({"sid": len(records), **_described(row, per_atom), **made})
             bar.update(len(rows))
     used = weights or ("ema" if stored.average is not None else "raw")
     return Embeddings.of(records, {**(about or {}), "weights": used, "pool": pool})
+
+
+def _made(scalars: Tensor, c: Tensor | None, kind: Kind, pool: Pool, per_atom: bool) -> dict[str, Any]:
+    """What was asked for of one structure, by the names of `Embeddings`."""
+    made = {} if c is None else {"condition": c.numpy()}
+    if kind != "condition":
+        made["features"] = getattr(scalars, pool)(dim=0).numpy()
+    if per_atom:
+        made["atom_features"] = scalars.numpy()
+    return made
 
 
 def _conditioned(model: DenoisingHydra, kind: Kind, stored: checkpoints.Stored) -> bool:
