@@ -72,28 +72,83 @@ def by_seed(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any
     return dict(groups)
 
 
+def errors_table(
+    records: list[Record],
+    head: dict[str, Callable[[Record], Any]],
+    errors: dict[str, Callable[[Record], float | None]],
+    first: str = FIRST,
+    digits: int = 1,
+) -> str:
+    """Errors of each arm, and their change against the first arm by seed.
+
+    Args:
+        records: of finished runs.
+        head: the columns that say what is compared, by their headings; arms are compared where these are equal.
+        errors: the columns of errors; None: the run has no such error.
+        first: the arm that others are compared with.
+        digits: of the errors, after the point.
+    """
+    groups = by_seed(records, lambda record: (*(of(record) for of in head.values()), record["run"]["arm"]))
+    rows = []
+    for key in sorted(groups, key=lambda key: key[:-1]):
+        *said, arm = key
+        seeds, plain = groups[key], groups.get((*said, first), {})
+        cells = []
+        for of in errors.values():
+            values, base = (
+                {seed: value for seed, record in group.items() if (value := of(record)) is not None}
+                for group in (seeds, plain)
+            )
+            cells += [spread([*values.values()], digits), "" if arm == first else change(values, base)]
+        rows.append([*map(str, said), arm, str(len(seeds)), *cells])
+    columns = [heading for name in errors for heading in (name, "change")]
+    return table([*head, "training", "seeds", *columns], rows)
+
+
 def arms_table(records: list[Record], split: str = "test") -> str:
     """Errors of each arm, and their change against plain training by seed."""
 
-    def setting(record: Record) -> tuple[Any, ...]:
-        run = record["run"]
-        return run["data"], run["model"]["backbone"], number_of_labels(record), run["length"]["steps"]
+    def error(name: str) -> Callable[[Record], float | None]:
+        return lambda record: _milli(record, name, split) if name in record["scores"][split] else None
 
-    groups = by_seed(records, lambda record: (*setting(record), record["run"]["arm"]))
-    rows = []
-    for key in sorted(groups, key=lambda key: key[:-1]):
-        *head, arm = key
-        seeds, plain = groups[key], groups.get((*head, FIRST), {})
-        cells = []
-        for name in ("force_mae", "energy_mae"):
-            values, base = (
-                {seed: _milli(r, name, split) for seed, r in g.items() if name in r["scores"][split]}
-                for g in (seeds, plain)
-            )
-            cells += [spread([*values.values()]), "" if arm == FIRST else change(values, base)]
-        rows.append([*map(str, head), arm, str(len(seeds)), *cells])
-    heads = ["data", "backbone", "labels", "steps", "training", "seeds"]
-    return table([*heads, "force MAE, meV/Å", "change", "energy MAE, meV/atom", "change"], rows)
+    return errors_table(
+        records,
+        {
+            "data": lambda r: r["run"]["data"],
+            "backbone": lambda r: r["run"]["model"]["backbone"],
+            "labels": number_of_labels,
+            "steps": lambda r: r["run"]["length"]["steps"],
+        },
+        {"force MAE, meV/Å": error("force_mae"), "energy MAE, meV/atom": error("energy_mae")},
+    )
+
+
+def properties_table(records: list[Record]) -> str:
+    """Errors of HOMO-LUMO gaps of each arm, and their change against training from random weights by seed."""
+    return errors_table(
+        records,
+        {"backbone": lambda r: r["run"]["model"]["backbone"], "labels": lambda r: r["run"]["labels"]},
+        {"gap MAE, eV": lambda r: r["scores"]["test"]},
+        first="scratch",
+        digits=2,
+    )
+
+
+def fairchem2_table(records: list[Record]) -> str:
+    """Errors of each arm on fairchem 2.x, and their change against plain training by seed."""
+    return errors_table(
+        records,
+        {
+            "data": lambda r: r["run"]["data"],
+            "forces": lambda r: r["run"]["forces"],
+            "labels": lambda r: r["run"]["labels"] or "all",
+            "steps": lambda r: r["run"]["size"]["steps"],
+        },
+        {
+            "force MAE, meV/Å": lambda r: _milli(r, "force_mae"),
+            "energy MAE, meV/atom": lambda r: _milli(r, "energy_mae"),
+        },
+    )
 
 
 def _milli(record: Record, name: str, split: str = "test") -> float:

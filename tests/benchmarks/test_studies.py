@@ -288,6 +288,21 @@ def test_only_what_stands_between_marks_is_replaced() -> None:
 
 
 def test_the_page_says_what_the_results_say() -> None:
-    learning, condition = (Results(report.HERE / "results" / f"{n}.jsonl").records() for n in ("learning", "condition"))
     page = report.PAGE.read_text()
-    assert report.fill(page, report.sections(learning, condition)) == page
+    assert report.fill(page, report.sections(*report.stored(report.HERE / "results"))) == page
+
+
+def test_arms_of_other_studies_are_compared_with_their_first_arm_by_seed() -> None:
+    def gap(arm: str, seed: int, error: float) -> dict[str, Any]:
+        run = {"data": "gaps", "arm": arm, "labels": 64, "seed": seed, "model": {"backbone": "painn"}}
+        return {"run": run, "scores": {"test": error}}
+
+    gaps = [gap("scratch", 0, 1.0), gap("scratch", 1, 2.0), gap("SCD", 0, 0.5), gap("SCD", 1, 1.0)]
+    assert "| painn | 64 | SCD | 2 | 0.75 ± 0.35 | -50 ± 0 % |" in report.sections([], [], gaps)["properties"]
+
+    def errors(arm: str, force: float) -> dict[str, Any]:
+        run = {"data": "Mo", "forces": "direct", "arm": arm, "labels": 24, "seed": 0, "size": {"steps": 300}}
+        return {"run": run, "scores": {"test": {"force_mae": force, "energy_mae": 0.05}}}
+
+    found = report.sections([], [], [], [errors("plain", 0.2), errors("DeNS", 0.3)])["fairchem2"]
+    assert "| Mo | direct | 24 | 300 | DeNS | 1 | 300.0 | +50 % | 50.0 | +0 % |" in found
