@@ -116,7 +116,6 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
 
     # --- training -------------------------------------------------------------------------------------------------
 
-    @block_called(KEY)
     def train_step(self, state: State, data: AtomicData) -> None:
         if not self.setup.tasks:
             super().train_step(state, data)
@@ -124,11 +123,12 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
         number = self.train_progress.num_steps_completed
         self._seed(number, "random numbers")
         task = self.draw_task(number)
-        self._faults.note(data)
-        self._faults.tell_ranks(torch.device(get_device_for_local_rank()))
-        step = Step() if task is None else self._corrupted(data, task, number, _progress(state, number))
-        with _in_step(self, step, data, self.model), self._finite.watched(number, self._faults.stop_if_told):
-            super().train_step(state, data)
+        with block_called(KEY):  # not around the method: the host's loop looks at its signature
+            self._faults.note(data)
+            self._faults.tell_ranks(torch.device(get_device_for_local_rank()))
+            step = Step() if task is None else self._corrupted(data, task, number, _progress(state, number))
+            with _in_step(self, step, data, self.model), self._finite.watched(number, self._faults.stop_if_told):
+                super().train_step(state, data)
         self._printed.update(step.measured)
         if number % self.print_every == 0:
             means, self._printed = self._printed.means(), Measured()
@@ -168,11 +168,11 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
         if self.setup.tasks:
             self._seed(self.train_progress.num_steps_completed, "validation")
 
-    @block_called(KEY)
     def eval_step(self, state: State, data: AtomicData) -> None:
         """As the host's. In pre-training there is nothing else to judge by, so the noise of validation is predicted."""
         if self.setup.tasks:
-            self._faults.note(data)
+            with block_called(KEY):
+                self._faults.note(data)
         if not (self.setup.tasks and self.setup.self_supervised):
             super().eval_step(state, data)
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from fairchem.core.units.mlip_unit.mlip_unit import MLIPTrainEvalUnit
@@ -50,6 +52,17 @@ def test_a_block_without_a_task_is_the_hosts_unit_random_numbers_included(block)
         torch.manual_seed(3)
         train_on(unit, batches())
     assert differences(plain_state(host), ours.state_dict()) == []
+
+
+def test_the_hosts_loop_complains_of_nothing_that_it_does_not_complain_of_in_a_plain_run(caplog):
+    said = []
+    for block in (None, {"scd": {"prob": 0.5}}):
+        unit = unit_of(block)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            train_on(unit, batches())
+        said.append({record.getMessage() for record in caplog.records})
+    assert said[1] <= said[0]
 
 
 def test_the_comparison_sees_other_random_numbers():
