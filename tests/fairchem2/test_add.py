@@ -11,7 +11,7 @@ import yaml
 
 from fairchem_scd.commands.fairchem2.config_file import plain, read_config
 from tests.fairchem2.command_line import fairchem_scd
-from tests.fairchem2.support import run_config, write
+from tests.fairchem2.support import run_config
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "fairchem2"
 HOSTS = "fairchem.core.units.mlip_unit.mlip_unit.MLIPTrainEvalUnit"
@@ -112,7 +112,6 @@ def test_files_that_defaults_name_stay_within_reach(tmp_path):
 
 
 def test_structures_without_labels_are_pre_trained(tmp_path):
-    write(tmp_path / "train.aselmdb", [])
     config = tmp_path / "pretrain.yaml"
     config.write_text(yaml.safe_dump(run_config(tmp_path, tasks=[])))
     assert "Share of the steps: scd 1, pre-training" in fairchem_scd("add", "scd", config, tmp_path / "out.yaml").output

@@ -24,8 +24,8 @@ from tests.fairchem2.support import crystal, crystals, model_config, row, run_co
 def folder(tmp_path_factory):
     """Where training and validation data lie."""
     folder = tmp_path_factory.mktemp("checked")
-    write(folder / "train.aselmdb", crystals(6))
-    write(folder / "val.aselmdb", crystals(3, seed=50))
+    write(folder, "train", crystals(6))
+    write(folder, "val", crystals(3, seed=50))
     return folder
 
 
@@ -136,8 +136,8 @@ def test_structures_whose_atoms_are_all_fixed_cannot_be_denoised(tmp_path):
         atoms.calc = SinglePointCalculator(atoms, energy=results["energy"], forces=results["forces"])
         atoms.set_constraint(FixAtoms(range(len(atoms))))
         fixed.append(atoms)
-    write(tmp_path / "train.aselmdb", fixed)
-    write(tmp_path / "val.aselmdb", fixed)
+    write(tmp_path, "train", fixed)
+    write(tmp_path, "val", fixed)
     found = problems(check(run_config(tmp_path, denoising={"scd": {}}), tmp_path / "config.yaml", code=1))
     assert any("moves no atom of the 4 structures looked at" in problem for problem in found)
 

@@ -23,8 +23,8 @@ STRUCTURES = crystals(5, seed=50)
 def trained(tmp_path_factory):
     """A run of SCD and its config; five structures with names are its validation data."""
     folder = tmp_path_factory.mktemp("embedded")
-    write(folder / "train.aselmdb", crystals(6))
-    write(folder / "val.aselmdb", STRUCTURES)
+    write(folder, "train", crystals(6))
+    write(folder, "val", STRUCTURES)
     config = run_config(folder, denoising={"scd": {}}, steps=2, ema_decay=0.5)
     finished = run(config, "scd")
     path = folder / "config.yaml"
@@ -98,11 +98,11 @@ def test_per_atom_features_pool_to_those_of_the_structures(trained):
 
 def test_data_without_labels_and_of_another_kind_is_embedded(trained, tmp_path):
     finished, config = trained
-    text = config.read_text().replace("val.aselmdb", "molecules.aselmdb")
+    text = config.read_text().replace("val/val.aselmdb", "molecules/molecules.aselmdb")
     molecules = [cluster(seed) for seed in range(3)]
     for atoms in molecules:
         atoms.calc = None
-    write(config.parent / "molecules.aselmdb", molecules)
+    write(config.parent, "molecules", molecules)
     (tmp_path / "config.yaml").write_text(text)
     made = embed(finished.checkpoint(), load_split(tmp_path / "config.yaml", "val"))
     assert made.energy is None
