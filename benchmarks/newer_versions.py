@@ -24,7 +24,8 @@ def patch() -> list[str]:
         torch.load = _with_pickles(torch.load)
         patched.append("torch.load: weights_only is False by default, as before 2.6")
     if not hasattr(np, "float_"):
-        np.float64, np.inf = np.float64, np.inf
+        for former, value in {"float_": np.float64, "Inf": np.inf}.items():
+            setattr(np, former, value)  # not as np.float_ = …, which ruff would mend to np.float64
         patched.append("numpy.float_ and numpy.Inf, gone since NumPy 2")
     return patched
 
