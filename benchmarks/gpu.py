@@ -10,7 +10,7 @@ taken within a round, as in benchmarks/step_cost.py; memory is the most that a s
     python -m benchmarks.gpu --quick               # tiny models, on the CPU where there is no GPU: does it run?
 
 Groups are measured in the order of the table. One that would begin after --minutes is left out, and the table says so.
-It runs with newer versions of PyTorch and NumPy than the package pins; what was patched for that is printed.
+It runs with newer versions of PyTorch, NumPy and SciPy than the package pins; what was patched for that is printed.
 """
 
 from __future__ import annotations

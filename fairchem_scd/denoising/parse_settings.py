@@ -57,7 +57,7 @@ def parse_denoising(block: Any, tasks: dict[str, type[Settings]]) -> Denoising:
     """
     model = create_model("Denoising", __base__=DenoisingBlock, **{n: (cls | None, None) for n, cls in tasks.items()})
     try:
-        parsed = model.model_validate({} if block is None else _without_former(block, tasks))
+        parsed = model.model_validate({} if block is None else without_former(block, tasks))
     except ValidationError as error:
         own = {"drop_path": DropPathSettings, "repeat_cells": CellRepeatSettings}
         raise ConfigError(_explain(error, {"": model, **own, **tasks})) from None
@@ -66,8 +66,8 @@ def parse_denoising(block: Any, tasks: dict[str, type[Settings]]) -> Denoising:
     return Denoising(_fill_probabilities(settings), **own)
 
 
-def _without_former(block: Any, tasks: dict[str, type[Settings]]) -> Any:
-    """The block without settings that are no more, each of which is warned of."""
+def without_former(block: Any, tasks: Mapping[str, type[Settings]]) -> Any:
+    """A `task.denoising` block without settings that are no more, each of which is warned of."""
     if not isinstance(block, Mapping):
         return block
     kept = dict(block)

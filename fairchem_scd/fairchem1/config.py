@@ -16,7 +16,7 @@ from typing import Any
 from fairchem.core.common.registry import registry
 
 from fairchem_scd.denoising.parse_settings import Denoising
-from fairchem_scd.denoising.tasks import DenoisingTask, build_tasks
+from fairchem_scd.denoising.tasks import DenoisingTask, build_tasks, without_former_settings
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.backbones import adapter_class
 from fairchem_scd.fairchem1.dens_aliases import denoising_block
@@ -87,7 +87,7 @@ def read(config: Mapping[str, Any]) -> Setup:
     if not isinstance(config.get("model"), Mapping):
         raise ConfigError("model: missing; the config names no model to train")
     model, dens = to_hydra(config["model"])
-    block = denoising_block(config.get("task") or {}, config.get("optim") or {}, dens)
+    block = without_former_settings(denoising_block(config.get("task") or {}, config.get("optim") or {}, dens))
     self_supervised = is_self_supervised(config.get("outputs"), config.get("loss_functions"))
     tasks, settings = build_tasks(block, supervised=not self_supervised)
     if self_supervised:

@@ -13,7 +13,7 @@ from fairchem_scd import DenoisingHydra
 from fairchem_scd.fairchem1.legacy import to_hydra
 from fairchem_scd.testing import make_trainer
 from tests.support.config_files import count, load, oc22_data, sample_data, settings_of, small, train
-from tests.support.configs import CONFIGS
+from tests.support.configs import CONFIGS, tiny_config
 
 SCD = {
     "std": 0.04,
@@ -155,3 +155,9 @@ def test_pre_training_and_fine_tuning_configs_train_one_after_the_other(data, tm
     source = torch.load(start, weights_only=False)["state_dict"]
     assert all(torch.equal(value, source[f"backbone.{key}"]) for key, value in loaded.items())
     plain.train(disable_eval_tqdm=True)
+
+
+def test_a_setting_that_is_no_more_is_warned_of_once_and_not_stored(data, tmp_path, caplog):
+    trainer = make_trainer(tiny_config(data, denoising={"scd": {"pool": "mean", "std": 0.05}}), tmp_path)
+    assert caplog.text.count("task.denoising.scd.pool has no effect") == 1
+    assert trainer.config["model"]["denoising"] == {"scd": {"std": 0.05}}

@@ -28,10 +28,10 @@ _PUBLISHED = 2.7
 """Loss of predicting zero, noise over forces, of DeNS's OC20 runs: coefficients 10 and 100, forces in 2.887 eV/Å."""
 
 _FAR = 3.0
-"""DeNS's ratio is pointed out where it is this many times smaller or larger than the published one."""
+"""Where DeNS's ratio is this many times smaller or larger than the published one, a coefficient to try is said."""
 
 _LITTLE = 0.1
-"""The ratio of other tasks is pointed out below this and above its inverse; no run says what it should be."""
+"""The same for other tasks below this and above its inverse; no run says what their ratio should be."""
 
 
 def describe_weights(trainer: Any, report: Report) -> None:
@@ -127,23 +127,21 @@ def _replaces_forces(task: DenoisingTask) -> bool:
 
 
 def _say_weight(heading: str, task: DenoisingTask, noise: float, forces: float, report: Report) -> None:
-    coefficient, ratio = task.objective(0.0).coefficient, noise / max(forces, 1e-12)
-    losses = f"noise of {task.name} {noise:.3g}, forces {forces:.3g}; ratio {ratio:.2g}"
-    report.say(heading, f"loss of predicting zero: {losses}")
+    losses = f"noise of {task.name} {noise:.3g}, forces {forces:.3g}"
+    if not forces:  # its coefficient is zero, or all forces are
+        report.say(heading, f"loss of predicting zero: {losses}")
+        return
+    coefficient, ratio = task.objective(0.0).coefficient, noise / forces
+    report.say(heading, f"loss of predicting zero: {losses}; ratio {ratio:.2g}")
     if not coefficient:
         return
-    key = (
-        f"task.denoising.{task.name}.coefficient: {coefficient:g}. The loss of predicting zero is {ratio:.2g} times as "
-    )
-    key += "large for the noise as for the forces"
     if _replaces_forces(task) and not 1 / _FAR < ratio / _PUBLISHED < _FAR:
-        published = _short(coefficient * _PUBLISHED / ratio)
-        report.caution(
-            f"{key}; in the published run on OC20 2M it is about {_PUBLISHED:g} times. It depends on the forces and on "
-            f"their normaliser. To begin with the published weight set coefficient: {published}"
-        )
+        same = _short(coefficient * _PUBLISHED / ratio)
+        report.say("", f"in the published run on OC20 2M the ratio is about {_PUBLISHED:g}; here coefficient: {same}")
+        report.say("", "would make it that. A value to try in a long run, no rule: docs/adding-dens.md")
     elif not _replaces_forces(task) and not _LITTLE <= ratio <= 1 / _LITTLE:
-        report.caution(f"{key}. With coefficient: {_short(coefficient / ratio)} both would be the same")
+        same = _short(coefficient / ratio)
+        report.say("", f"coefficient: {same} would make both the same. A value to try, no rule")
 
 
 def _say_labels(seen: float, epochs: float, report: Report) -> None:

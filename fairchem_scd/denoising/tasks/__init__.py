@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fairchem_scd.denoising.parse_settings import Denoising, parse_denoising
-from fairchem_scd.denoising.settings import Settings
+from fairchem_scd.denoising.parse_settings import Denoising, parse_denoising, without_former
 from fairchem_scd.denoising.task_registry import register_task, task_classes, task_names
 from fairchem_scd.denoising.tasks.base import DenoisingTask, TaskModules
 from fairchem_scd.denoising.tasks.dens import Dens
@@ -25,6 +24,7 @@ __all__ = [
     "register_task",
     "task_classes",
     "task_names",
+    "without_former_settings",
 ]
 
 
@@ -38,7 +38,18 @@ def build_tasks(block: Mapping[str, Any] | None, supervised: bool = True) -> tup
     Raises:
         ConfigError: the block is not valid.
     """
-    classes = task_classes(asked=block if isinstance(block, Mapping) else ())
-    settings: dict[str, type[Settings]] = {name: cls.Settings for name, cls in classes.items()}
-    parsed = parse_denoising(block, settings)
+    classes = _classes_for(block)
+    parsed = parse_denoising(block, {name: cls.Settings for name, cls in classes.items()})
     return {name: classes[name](s, supervised) for name, s in parsed.tasks.items()}, parsed
+
+
+def without_former_settings(block: Any) -> Any:
+    """A `task.denoising` block without settings that are no more, each of which is warned of.
+
+    For who reads a block more than once, so that the warnings come once.
+    """
+    return without_former(block, {name: cls.Settings for name, cls in _classes_for(block).items()})
+
+
+def _classes_for(block: Any) -> Mapping[str, type[DenoisingTask]]:
+    return task_classes(asked=block if isinstance(block, Mapping) else ())
