@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import signal
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
@@ -97,6 +98,7 @@ class _watched(logging.Handler):
         root, finished = logging.getLogger(), self.finished
         self.before = root.handlers[:], root.level, {name: getattr(launch, name) for name in self._LEFT_OUT}
         self.instantiate = hydra.utils.instantiate
+        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         root.handlers = [self]
         root.setLevel(logging.INFO)
 
@@ -116,6 +118,8 @@ class _watched(logging.Handler):
         for name, function in left_out.items():
             setattr(launch, name, function)
         hydra.utils.instantiate = self.instantiate
+        for number, handler in self.handlers.items():  # the host leaves its own
+            signal.signal(number, handler)
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
