@@ -10,7 +10,7 @@ from tests.fairchem2.support.data import database
 
 UNIT = "fairchem.core.units.mlip_unit.mlip_unit"
 UMA = "fairchem.core.models.uma"
-OURS = "fairchem_scd.fairchem2.unit.DenoisingTrainEvalUnit"
+OURS = "fairchem_scd.DenoisingTrainEvalUnit"
 
 
 def task(name: str, *, prop: str | None = None, dataset: str = "mo", **changes: Any) -> dict[str, Any]:
