@@ -42,6 +42,7 @@ def with_wandb(config):
 def recorded(folder):
     """The records of a run of Weights & Biases, from its file."""
     wandb.finish()
+    wandb.teardown()  # its service has written all only then
     (path,) = folder.rglob("*.wandb")
     found = []
     for _ in range(300):  # its own process writes it
