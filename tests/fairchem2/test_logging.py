@@ -23,6 +23,7 @@ def folder(tmp_path_factory):
 def offline(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()  # it reads the environment once, and an earlier test may have made it do so
     yield
     wandb.finish()
     WandBSingletonLogger._instance = None
