@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from fairchem.core.models.escn.escn import eSCNBackbone, eSCNEnergyHead, eSCNForceHead
 from torch import Tensor, nn
 
@@ -42,7 +43,8 @@ class ESCNAdapter(Fairchem1Adapter):
         return self.backbone.sphere_channels_all
 
     def scalars(self, embedding: Any) -> Tensor:
-        return embedding["node_embedding"].embedding[:, self._rows].flatten(1)
+        # Row by row: a list of them would have to be sent to the device.
+        return torch.cat([embedding["node_embedding"].embedding[:, row] for row in self._rows], dim=1)
 
     def element_embeddings(self) -> Iterable[nn.Module]:
         return (self.backbone.sphere_embedding,)
