@@ -95,7 +95,7 @@ def check_arguments(host: Mapping[str, Any]) -> None:
 
 def check_run(job: Any, host: Mapping[str, Any]) -> None:
     """Raise ConfigError for ways of spreading a model over ranks with which passes cannot run."""
-    if host.get("train_strategy", "ddp") != "ddp":
+    if str(host.get("train_strategy", "ddp")).lower() == "fsdp":  # any other name is refused by the host
         raise ConfigError(
             f"{UNIT}.train_strategy: fsdp cannot start in fairchem-core {version('fairchem-core')} (it imports "
             "MOELinear, which is no longer there); use ddp, the default"
