@@ -60,4 +60,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _MAJOR not in majors:
         raise ImportError(host.missing(f"fairchem_scd.{name}", majors[0]))
-    return getattr(importlib.import_module(f"{host.WINGS[_MAJOR]}.plugin"), name)
+    try:
+        return getattr(importlib.import_module(f"{host.WINGS[_MAJOR]}.plugin"), name)
+    except ImportError as error:
+        if host.is_tested(_MAJOR):
+            raise
+        raise ImportError(host.untested(_MAJOR, str(error))) from error

@@ -7,6 +7,9 @@ from importlib import metadata
 WINGS = {1: "fairchem_scd.fairchem1", 2: "fairchem_scd.fairchem2"}
 """The package of each wing, by the major version of fairchem-core that it is for."""
 
+TESTED = {1: "1.10", 2: "2.24"}
+"""The minor version of fairchem-core that each wing is tested with."""
+
 
 def installed() -> str | None:
     """The version of the installed fairchem-core; None where there is none."""
@@ -39,3 +42,16 @@ def missing(what: str, major: int) -> str:
     version = installed()
     here = f"fairchem-core {version} is installed" if version else "no fairchem-core is installed"
     return f"{what} is for fairchem-core {major}.x, and {here}; {how_to_get(major)}"
+
+
+def is_tested(major: int) -> bool:
+    """Whether the installed fairchem-core is of the minor version that this package is tested with."""
+    return (installed() or "").startswith(f"{TESTED[major]}.")
+
+
+def untested(major: int, reason: str) -> str:
+    """An error message: something that this package takes from fairchem is not there in the installed version."""
+    return (
+        f"fairchem-core {installed()} has changed what fairchem-scd builds on ({reason}); it is tested with "
+        f"{TESTED[major]}: pip install 'fairchem-core=={TESTED[major]}.*'"
+    )

@@ -84,3 +84,17 @@ def test_importing_the_package_imports_no_host_and_no_torch():
     code = "import sys, fairchem_scd; print([m for m in ('fairchem.core', 'torch') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_fairchem_that_has_lost_a_name_is_said_to_be_another_than_the_tested_one(package_on, monkeypatch):
+    package = package_on("2.25.0")
+
+    def gone(module: str) -> None:
+        raise ImportError("cannot import name 'Task'")
+
+    monkeypatch.setattr(importlib, "import_module", gone)
+    with pytest.raises(ImportError, match=r"fairchem-core 2\.25\.0 has changed .*'Task'.*tested with 2\.24"):
+        getattr(package, TWO)
+    package = package_on("2.24.3")
+    with pytest.raises(ImportError, match=r"^cannot import name 'Task'$"):
+        getattr(package, TWO)

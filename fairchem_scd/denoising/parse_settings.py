@@ -102,6 +102,9 @@ def _explain(error: ValidationError, models: dict[str, type[BaseModel]]) -> str:
             close = difflib.get_close_matches(path[-1], known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
             lines.append(f"{key}: unknown key; {hint}")
+        elif issue["type"] == "model_type":  # pydantic's message names a class of ours
+            example = "settings in braces, which may be none: {}" if path else "tasks, such as {scd: {}}"
+            lines.append(f"{key}: expected {example} (got {issue['input']!r})")
         else:
             reason = issue["msg"].removeprefix("Value error, ")
             value = f" (got {issue['input']!r})" if not isinstance(issue["input"], dict) else ""

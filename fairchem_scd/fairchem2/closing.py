@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,26 +33,32 @@ class ClosingReport(Callback):
 
     def on_train_end(self, state: State, unit: Any) -> None:
         if self._checkpoints is not None and distutils.is_master():
-            logging.info("\n".join(closing_lines(self._checkpoints / "final", pretraining=not unit.tasks)))
+            datasets = dict.fromkeys(name for task in unit.tasks for name in task.datasets)
+            logging.info("\n".join(closing_lines(self._checkpoints / "final", [*datasets])))
 
 
-def closing_lines(checkpoint: Path, *, pretraining: bool) -> list[str]:
+def closing_lines(checkpoint: Path, datasets: Sequence[str]) -> list[str]:
     """The lines about a checkpoint that a run left.
 
     Args:
         checkpoint: the host's folder of it.
-        pretraining: the run trained neither energy nor forces.
+        datasets: names of the data sets that the run's tasks train on; none in pre-training.
     """
     plain, resume = checkpoint / "inference_ckpt.pt", checkpoint / "resume.yaml"
     if not resume.exists():
-        return ["Training is done. It left no checkpoint: runner.callbacks has no TrainCheckpointCallback"]
+        return [
+            "Training is done. It left no checkpoint: that takes a TrainCheckpointCallback with "
+            "checkpoint_every_n_steps, in runner.callbacks, before this ClosingReport"
+        ]
     lines = ["Training is done."]
     if plain.exists():
         lines.append(f"  plain fairchem weights: {plain}")
     lines += [f"  all, to resume from:    {checkpoint}", "Next:"]
-    if plain.exists() and not pretraining:
+    if plain.exists() and datasets:
+        others = f" (or {', '.join(map(repr, datasets[1:]))})" if datasets[1:] else ""
         lines.append(
-            f"  use it with ASE:        FAIRChemCalculator.from_model_checkpoint('{plain}', task_name=DATASET)"
+            f"  use it with ASE:        FAIRChemCalculator.from_model_checkpoint('{plain}', "
+            f"task_name='{datasets[0]}'){others}"
         )
     if plain.exists():
         lines.append(f"  fine-tune from it:      initialize_finetuning_model, with checkpoint_location: {plain}")

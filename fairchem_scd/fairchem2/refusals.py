@@ -23,11 +23,10 @@ from fairchem_scd.denoising.task_registry import task_names
 from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem2.backbones import adapter_for, known_backbones
+from fairchem_scd.host import TESTED
 
 UNIT = "runner.train_eval_unit"
 
-_TESTED = "2.24"
-"""The minor version of the host that this package was tested with."""
 
 _SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
     MLIPTrainEvalUnit.train_step: ("self", "state", "data"),
@@ -75,11 +74,11 @@ def check_host() -> None:
         if found != expected:
             raise ConfigError(
                 f"fairchem-core {installed}: {function.__qualname__}({', '.join(found)}) was "
-                f"({', '.join(expected)}) in {_TESTED}, which this version of fairchem-scd is made for; install "
-                f"fairchem-core~={_TESTED}.0, or a fairchem-scd for {installed}"
+                f"({', '.join(expected)}) in {TESTED[2]}, which this version of fairchem-scd is made for; install "
+                f"fairchem-core~={TESTED[2]}.0, or a fairchem-scd for {installed}"
             )
-    if not installed.startswith(f"{_TESTED}."):
-        logging.warning("fairchem-core %s: fairchem-scd was tested with %s", installed, _TESTED)
+    if not installed.startswith(f"{TESTED[2]}."):
+        logging.warning("fairchem-core %s: fairchem-scd was tested with %s", installed, TESTED[2])
 
 
 def check_arguments(host: Mapping[str, Any]) -> None:
@@ -95,7 +94,7 @@ def check_arguments(host: Mapping[str, Any]) -> None:
 
 def check_run(job: Any, host: Mapping[str, Any]) -> None:
     """Raise ConfigError for ways of spreading a model over ranks with which passes cannot run."""
-    if host.get("train_strategy", "ddp") != "ddp":
+    if str(host.get("train_strategy", "ddp")).lower() == "fsdp":  # any other name is refused by the host
         raise ConfigError(
             f"{UNIT}.train_strategy: fsdp cannot start in fairchem-core {version('fairchem-core')} (it imports "
             "MOELinear, which is no longer there); use ddp, the default"

@@ -186,6 +186,8 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
     def on_eval_epoch_end(self, state: State) -> None:
         if self.setup.tasks:
             self._faults.stop_if_any()
+            # `fairchem-scd plot` reads this line: the host's own, which follow, do not say when they are from.
+            logging.info("Validation after %d steps", self.train_progress.num_steps_completed)
         super().on_eval_epoch_end(state)
         if not (self.setup.tasks and self.setup.self_supervised):
             return

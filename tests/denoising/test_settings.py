@@ -72,6 +72,18 @@ def test_what_cannot_be_meant_is_one_clear_error(block, message):
         build_tasks(block)
 
 
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("scd", r"^task\.denoising: expected tasks, such as \{scd: \{\}\} \(got 'scd'\)$"),
+        ({"scd": True}, r"^task\.denoising\.scd: expected settings in braces, which may be none: \{\} \(got True\)$"),
+    ],
+)
+def test_what_is_no_block_is_told_what_a_block_looks_like(block, message):
+    with pytest.raises(ConfigError, match=message):
+        build_tasks(block)
+
+
 def test_all_problems_are_told_at_once():
     with pytest.raises(ConfigError) as error:
         build_tasks({"dens": {"prob": 2, "stdd": 0.1, "corrupt_ratio": 3}})

@@ -92,5 +92,5 @@ def test_a_run_of_each_sample_config_ends_with_what_it_left_and_what_to_do_next(
             if path.startswith(str(final)):
                 assert Path(path.rstrip("',")).exists(), path
         assert f"fairchem-scd embed {final} CONFIG" in closing
-        assert ("FAIRChemCalculator" in closing) == (stem != "pretrain")
+        assert ("task_name='emt')" in closing) == (stem != "pretrain")
         assert "'train/denoising_pos_mae'" in output

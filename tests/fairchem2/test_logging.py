@@ -105,6 +105,7 @@ def test_pre_training_is_judged_by_the_noise_of_its_validation(folder, offline):
     logged = [record["val/denoising_pos_mae"] for record in records if "val/denoising_pos_mae" in record]
     assert logged == finished.logged("val/denoising_pos_mae")[: len(logged)]
     assert len(logged) >= 1
+    assert "Validation after 2 steps" in finished.lines
     losses = [record["val/loss"] for record in records if "val/loss" in record]
     assert losses
     assert min(losses) > 0, "the host would log zero"

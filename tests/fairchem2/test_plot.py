@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from unittest import mock
 
 import numpy as np
@@ -96,6 +97,9 @@ INFO:root:Finished aggregating metrics:
   val/omat.val,forces,mae: 0.3500
   val/loss: 4.0000
 
+INFO:root:Validation after 18 steps
+  val/loss: 3.5000
+INFO:root:{'val/denoising_pos_mae': 0.07}
 INFO:root:{'train/loss': 4.25, 'train/lr': 0.1, 'train/step': 20}
 """
 
@@ -109,14 +113,19 @@ def test_console_output_is_read_where_nothing_else_was_logged(tmp_path):
     assert curves["train/loss"].steps.tolist() == [0, 10, 20]
     np.testing.assert_array_equal(curves["train/loss"].values, [8.5, np.nan, 4.25])
     assert curves["train/denoising_pos_mae"].values.tolist() == [0.08]
-    assert curves["val/loss"].values.tolist() == [4.0]
+    assert curves["val/loss"].values.tolist() == [4.0, 3.5]
+    assert curves["val/loss"].steps.tolist() == [11, 18], "after the last step printed, unless the log says after which"
+    assert curves["val/denoising_pos_mae"].steps.tolist() == [18]
+    assert curves["val/denoising_pos_mae"].values.tolist() == [0.07]
     assert find_run(tmp_path / "run.log") == ("run", [tmp_path / "run.log"])
 
 
 def test_errors_of_each_data_set_are_lines_of_their_own(tmp_path):
     (tmp_path / "run.log").write_text(CONSOLE)
     curves = read_curves([tmp_path / "run.log"], training_run.ENDINGS)
-    found = {tag: curve.values.tolist() for tag, curve in curves.items() if tag.startswith("val/") and "mae" in tag}
+    found = {
+        tag: curve.values.tolist() for tag, curve in curves.items() if re.fullmatch(r"val/(?!denoising_)\w+_mae", tag)
+    }
     assert found == {"val/oc20_energy_mae": [1.5], "val/oc20_forces_mae": [0.25], "val/omat_forces_mae": [0.35]}
     figure = training_run.draw(curves)
     panels = {ax.get_ylabel(): [line.get_label() for line in ax.get_lines()] for ax in figure.axes}

@@ -95,6 +95,11 @@ def test_backbones_without_an_adapter_are_refused_by_name_with_those_that_have_o
         refusals.check_model(model)
 
 
+def test_a_train_strategy_that_nobody_knows_is_the_hosts_to_refuse():
+    with pytest.raises(ValueError, match="Unknown Training Strategy zero"):
+        unit_of({"scd": {}}, train_strategy="zero")
+
+
 def test_a_model_that_is_no_hydra_is_refused():
     with pytest.raises(ConfigError, match=rf"{KEY}\.model: Linear is no hydra"):
         refusals.check_model(torch.nn.Linear(1, 1))

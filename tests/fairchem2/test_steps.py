@@ -17,8 +17,8 @@ from tests.fairchem2.support import (
     crystals,
     differences,
     inner,
+    mixture,
     model_config,
-    task,
     tasks_config,
     train_on,
     unit_of,
@@ -188,26 +188,6 @@ def test_means_are_over_all_that_was_added_and_terms_are_summed():
 # --- several data sets ------------------------------------------------------------------------------------------------
 
 
-def mixture(direct):
-    """A model and tasks as UMA's configs have them: heads and tasks for each data set."""
-    wrapper = "fairchem.core.models.uma.escn_moe.DatasetSpecificMoEWrapper"
-    heads = {
-        name: {
-            "module": wrapper,
-            "head_cls": f"fairchem.core.models.uma.escn_md.{cls}",
-            "dataset_mapping": {"a": "a", "b": "b"},
-            **({"head_kwargs": {"wrap_property": False}} if cls == "MLP_EFS_Head" else {}),
-        }
-        for name, cls in (
-            {"energy": "MLP_Energy_Head", "forces": "Linear_Force_Head"} if direct else {"efs": "MLP_EFS_Head"}
-        ).items()
-    }
-    model = model_config(direct=direct, experts=2, heads=heads, datasets=("a", "b"), use_composition_embedding=True)
-    model["pass_through_head_outputs"] = True
-    tasks = [task(f"{dataset}_{prop}", prop=prop, dataset=dataset) for dataset in "ab" for prop in ("energy", "forces")]
-    return model, tasks
-
-
 def mixed_batch():
     """Structures of two data sets, with charge and spin, whose labels are infinite under the other's names."""
     batch = batch_of(crystals(4))
@@ -223,7 +203,7 @@ def mixed_batch():
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("block", [{"scd": {"prob": 1}}, {"dens": {"prob": 1}}, {"noisy_nodes": {}}])
 def test_several_data_sets_with_heads_of_their_own_train_together(steps, block, direct):
-    model, tasks = mixture(direct)
+    model, tasks = mixture("ab", direct=direct)
     unit = unit_of(block, model=model, tasks=tasks)
     start = {name: parameter.clone() for name, parameter in inner(unit).named_parameters()}
     train_on(unit, [mixed_batch()] * 2)

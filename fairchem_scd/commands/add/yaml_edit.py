@@ -109,15 +109,16 @@ def _with(mapping: Any, keys: Sequence[str], value: Any) -> Any:
 
 def _flow(value: Any, style: str | None = None) -> str:
     """A value as YAML in one line, which may stand inside a flow mapping too."""
-    text = yaml.safe_dump(
-        [value],
-        default_flow_style=True,
+    how: dict[str, Any] = {
+        "default_flow_style": True,
         # The block styles (| and >) take more than one line.
-        default_style=style if isinstance(value, str) and style in ("'", '"') else None,
-        width=float("inf"),
-        sort_keys=False,
-        allow_unicode=True,
-    )
+        "default_style": style if isinstance(value, str) and style in ("'", '"') else None,
+        "width": float("inf"),
+        "sort_keys": False,
+    }
+    text = yaml.safe_dump([value], allow_unicode=True, **how)
+    if yaml.safe_load(text) != [value]:  # it has a line break of Unicode, which is written only as an escape
+        text = yaml.safe_dump([value], allow_unicode=False, **how)
     return text.strip()[1:-1]
 
 

@@ -10,6 +10,7 @@ import torch
 from ase.data import chemical_symbols
 from ase.neighborlist import primitive_neighbor_list
 from fairchem.core.datasets.atomic_data import AtomicData
+from fairchem.core.units.mlip_unit.mlip_unit import Task
 
 from fairchem_scd.commands.check.report import Report
 from fairchem_scd.commands.fairchem2.embeddings import collated
@@ -28,7 +29,7 @@ _FAR = 0.25
 """Share of the nearest-neighbour distance. Noise that moves atoms further is reported: they begin to change places."""
 
 
-def describe(split: str, dataset: Any, tasks: Sequence[Any], report: Report) -> list[AtomicData]:
+def describe(split: str, dataset: Any, tasks: Sequence[Task], report: Report) -> list[AtomicData]:
     """Report what rows evenly spaced over a dataset hold, and return them.
 
     Args:
@@ -51,7 +52,7 @@ def describe(split: str, dataset: Any, tasks: Sequence[Any], report: Report) -> 
     free = 1 - float(torch.cat([row.fixed.view(-1) != 0 for row in rows]).float().mean())
     names = ", ".join(sorted({row.dataset_name for row in rows}))
     report.say("", f"{100 * free:.0f} % of the atoms are free; data sets: {names}")
-    labels = [_label(prop, rows) for prop in dict.fromkeys(task.property for task in tasks)]
+    labels = [_label(task, rows) for task in tasks]
     report.say("", "labels: " + (", ".join(labels) if labels else "none are used"))
     return rows
 
@@ -66,16 +67,17 @@ def _row(dataset: Any, index: int, split: str) -> AtomicData:
     return row
 
 
-def _label(prop: str, rows: Sequence[AtomicData]) -> str:
-    values = [row[prop].float() for row in rows if prop in row]
+def _label(task: Task, rows: Sequence[AtomicData]) -> str:
+    """The label of a task, which is kept under the task's name: each data set may have names of its own."""
+    values = [row[task.name].float() for row in rows if task.name in row]
     if not values:
-        return f"{prop} (absent)"
+        return f"{task.name} (absent)"
     flat = torch.cat([v.reshape(-1) for v in values])
     if not bool(flat.isfinite().all()):
-        return f"{prop} (some are not finite: they are left out)"
-    if prop == "forces":
-        return f"forces (|F| up to {max(float(v.norm(dim=-1).max()) for v in values):.3g} eV/Å)"
-    return f"{prop} ({float(flat.min()):.4g} to {float(flat.max()):.4g})"
+        return f"{task.name} (some are not finite: they are left out)"
+    if task.property == "forces":
+        return f"{task.name} (|F| up to {max(float(v.norm(dim=-1).max()) for v in values):.3g} eV/Å)"
+    return f"{task.name} ({float(flat.min()):.4g} to {float(flat.max()):.4g})"
 
 
 def describe_corruption(
@@ -84,7 +86,7 @@ def describe_corruption(
     """Report which atoms a task moves, and how far compared with the distance to their nearest neighbours."""
     batch = collated(rows, without=())
     adapter = unit.model.module.adapter
-    structures = structures_of(batch, adapter.periodic(batch.pbc), [])
+    structures = structures_of(batch, adapter.periodic(batch.pbc), unit.tasks)
     with block_called(KEY):
         corruption = task.corrupt(structures, seed=unit.draw_task.seed, step=1)
         key = key_of(task.name)

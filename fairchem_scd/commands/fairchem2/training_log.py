@@ -23,7 +23,8 @@ _CONSOLE = ("*.log", "*.out", "*.err", "*.txt")
 _HEADER, _BLOCK = 7, 2**15
 _WHOLE, _FIRST, _LAST = 1, 2, 4  # kinds of a record's parts; those in the middle are 3
 _VALIDATION = re.compile(r"val/(?P<dataset>[^,]+)\.[^,.]+,(?P<task>[^,]+),mae")
-_TRAINED = re.compile(r"\{'train/.*\}")
+_LOGGED = re.compile(r"\{'(?P<split>train|val)/.*\}")
+_STEPS_DONE = re.compile(r"Validation after (\d+) steps")
 _VALIDATED = re.compile(r"^\s*(val/\S+): (\S+)$")
 _SHOWN = 10
 
@@ -119,19 +120,24 @@ def _records_of(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
 
 def _of_console(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
     step = 0
+    after = 0  # what validates runs after so many steps
     for line in path.read_text(errors="replace").splitlines():
-        trained, validated = _TRAINED.search(line), _VALIDATED.match(line)
-        if trained:
+        found, validated, done = _LOGGED.search(line), _VALIDATED.match(line), _STEPS_DONE.search(line)
+        if found:
             # repr of a float that is no number is no literal.
-            text = re.sub(r"\b(nan|inf)\b", r"'\1'", trained[0])
+            text = re.sub(r"\b(nan|inf)\b", r"'\1'", found[0])
             try:
                 logged = {tag: float(value) for tag, value in ast.literal_eval(text).items()}
             except (ValueError, SyntaxError):
                 continue
-            step = int(logged.get("train/step", step))
-            yield step, logged
+            if found["split"] == "train":
+                step = int(logged.get("train/step", step))
+                after = step + 1
+            yield step if found["split"] == "train" else after, logged
         elif validated:
-            yield step + 1, {validated[1]: float(validated[2])}
+            yield after, {validated[1]: float(validated[2])}
+        elif done:
+            after = int(done[1])
 
 
 def _of_wandb(path: Path) -> Iterator[tuple[int, dict[str, float]]]:

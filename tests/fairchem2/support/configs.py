@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,42 @@ def model_config(
         },
         "heads": dict(heads),
     }
+
+
+def mixture(datasets: Sequence[str], *, direct: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A model and tasks as UMA's configs have them: heads and tasks of each data set's own."""
+    classes = {"energy": "MLP_Energy_Head", "forces": "Linear_Force_Head"} if direct else {"efs": "MLP_EFS_Head"}
+    heads = {
+        name: {
+            "module": f"{UMA}.escn_moe.DatasetSpecificMoEWrapper",
+            "head_cls": f"{UMA}.escn_md.{cls}",
+            "dataset_mapping": {dataset: dataset for dataset in datasets},
+            **({} if direct else {"head_kwargs": {"wrap_property": False}}),
+        }
+        for name, cls in classes.items()
+    }
+    model = model_config(direct=direct, experts=2, heads=heads, datasets=datasets, use_composition_embedding=True)
+    model["pass_through_head_outputs"] = True
+    tasks = [
+        task(f"{dataset}_{prop}", prop=prop, dataset=dataset) for dataset in datasets for prop in ("energy", "forces")
+    ]
+    return model, tasks
+
+
+def of_several_data_sets(config: Mapping[str, Any], folder: Path, datasets: Sequence[str]) -> dict[str, Any]:
+    """A config of `run_config` with several data sets, each in a folder of its name and with names for its labels."""
+    config = copy.deepcopy(dict(config))
+    for phase, split in (("train", "train"), ("eval", "val")):
+        configs = config["runner"][f"{phase}_dataloader"]["dataset"]["dataset_configs"]
+        one = configs.pop("mo")
+        for name in datasets:
+            configs[name] = {
+                **one,
+                "splits": {split: {"src": [str(database(folder / name, split))]}},
+                "transforms": {transform: {"dataset_name": name} for transform in one["transforms"]},
+                "key_mapping": {prop: f"{name}_{prop}" for prop in ("energy", "forces")},
+            }
+    return config
 
 
 def tasks_config(*, stress: bool = False, references: bool = True) -> list[dict[str, Any]]:
