@@ -149,7 +149,7 @@ def _say_labels(seen: float, epochs: float, report: Report) -> None:
     if seen > 0.005:
         report.say(
             "",
-            f"{epochs:g} epochs see as many labels as {epochs * seen:.3g} of plain training. A short run loses by that "
+            f"{epochs:g} epoch{'' if epochs == 1 else 's'} see{'s' if epochs == 1 else ''} as many labels as {epochs * seen:.3g} of plain training. A short run loses by that "
             f"alone: give it {epochs / seen:.3g} epochs, or lower prob",
         )
 
