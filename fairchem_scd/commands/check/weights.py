@@ -146,10 +146,11 @@ def _say_weight(heading: str, task: DenoisingTask, noise: float, forces: float, 
 
 def _say_labels(seen: float, epochs: float, report: Report) -> None:
     report.say("labels", f"{100 * seen:.0f} % of the force labels train; on the other atoms noise does in their place")
+    see = "epoch sees" if epochs == 1 else "epochs see"
     if seen > 0.005:
         report.say(
             "",
-            f"{epochs:g} epoch{'' if epochs == 1 else 's'} see{'s' if epochs == 1 else ''} as many labels as {epochs * seen:.3g} of plain training. A short run loses by that "
+            f"{epochs:g} {see} as many labels as {epochs * seen:.3g} of plain training. A short run loses by that "
             f"alone: give it {epochs / seen:.3g} epochs, or lower prob",
         )
 
