@@ -26,6 +26,7 @@ def offline(tmp_path_factory):
     logs.mkdir(parents=True)
     quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     values = {}
+    wandb.teardown()  # it reads the environment once, and an earlier test may have made it do so
     with mock.patch.dict(os.environ, quiet):
         run = wandb.init(id="may", dir=str(logs), project="p", settings=wandb.Settings(console="off"))
         for step in range(STEPS):
