@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -33,8 +33,8 @@ import torch
 
 from benchmarks import structures
 from benchmarks.common import existing_folder, use_threads
-from benchmarks.results import Results, environment, key_of
-from benchmarks.trained import Length, Model, Pretraining, pretrain, train_labels
+from benchmarks.results import Results, environment
+from benchmarks.trained import Length, Model, Pretraining, start_of, train_labels
 
 RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
 
@@ -171,23 +171,6 @@ SUITES = {
 }
 
 
-def start_of(run: Run, splits: structures.Splits, results: Results, suite: str, here: Mapping[str, str]) -> Path | None:
-    """The checkpoint that a run starts from, pre-trained now if it is not there yet.
-
-    Checkpoints are kept beside the results; each pre-training has a line of its own in them.
-    """
-    if run.pretraining is None:
-        return None
-    settings = {"data": run.data, "model": asdict(run.model), "pretraining": asdict(run.pretraining)}
-    checkpoint = results.path.with_suffix(".checkpoints") / f"{key_of(settings)}.pt"
-    with results.claimed(settings, wait=True) as mine:
-        if mine or not checkpoint.exists():
-            scores = pretrain(run.model, run.pretraining, splits, checkpoint)
-            if mine:
-                results.append({"suite": suite, "run": settings, "scores": scores, **here})
-    return checkpoint
-
-
 def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     use_threads(options.threads)
@@ -206,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
                 splits.labelled(run.labels, run.seed),
                 seed=run.seed,
                 denoising=run.denoising,
-                start=start_of(run, splits, results, options.suite, here),
+                start=start_of(run, splits, results, here, suite=options.suite),
                 quiet_heads=run.quiet_heads,
                 forces=run.data not in _ENERGIES_ALONE,
             )

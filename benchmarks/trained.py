@@ -18,6 +18,7 @@ from ase import Atoms
 from benchmarks.common import DENOISING, PLAIN, hydra, make_trainer, training
 from benchmarks.neighbors import KeptNeighbors
 from benchmarks.noise import noise_errors
+from benchmarks.results import Results, key_of
 from benchmarks.structures import KeptAseDB, Splits, write
 from fairchem_scd.denoising.quiet_heads import quieten as quieten_heads
 from fairchem_scd.fairchem1.backbones import adapter_for
@@ -294,3 +295,27 @@ def pretrain(model: Model, how: Pretraining, splits: Splits, checkpoint: Path) -
         shutil.copyfile(saved, part)
         part.replace(checkpoint)
     return scores
+
+
+def start_of(run: Any, splits: Splits, results: Results, here: Mapping[str, str], **before: str) -> Path | None:
+    """The checkpoint that a run starts from, pre-trained now if it is not there yet; None: random weights.
+
+    Checkpoints are kept beside the results; each pre-training has a line of its own in them.
+
+    Args:
+        run: with `data`, `model` and `pretraining`.
+        splits: of its data.
+        results: of the study.
+        here: what ends a line.
+        before: what begins it.
+    """
+    if run.pretraining is None:
+        return None
+    settings = {"data": run.data, "model": asdict(run.model), "pretraining": asdict(run.pretraining)}
+    checkpoint = results.path.with_suffix(".checkpoints") / f"{key_of(settings)}.pt"
+    with results.claimed(settings, wait=True) as mine:
+        if mine or not checkpoint.exists():
+            scores = pretrain(run.model, run.pretraining, splits, checkpoint)
+            if mine:
+                results.append({**before, "run": settings, "scores": scores, **here})
+    return checkpoint

@@ -110,6 +110,13 @@ def test_files_that_the_text_names_exist():
             assert made_by_a_command or (ROOT / path).exists(), f"{page.relative_to(ROOT)}: {path}"
 
 
+def test_modules_that_the_text_runs_exist():
+    for page in [*TEXTS, *(ROOT / "benchmarks").rglob("*.py")]:
+        for module in re.findall(r"python -m (benchmarks[\w.]*\w)", page.read_text()):
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page.name}: {module}"
+
+
 def test_the_table_of_configs_has_them_all():
     text = (ROOT / "configs" / "README.md").read_text()
     assert {path.name for path in (ROOT / "configs").glob("*.yml")} == set(re.findall(r"\]\((\w+\.yml)\)", text))

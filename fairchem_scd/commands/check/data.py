@@ -11,6 +11,8 @@ from ase.data import chemical_symbols
 from fairchem.core.datasets import data_list_collater
 
 from fairchem_scd.commands.check.report import Report
+from fairchem_scd.commands.check.rounds import say_corruption
+from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.fairchem1.data.distances import neighbours
@@ -18,8 +20,6 @@ from fairchem_scd.fairchem1.data.guarded import Guarded
 from fairchem_scd.fairchem1.data.sources import check_source
 
 _CUTOFF = 6.0
-_FAR = 0.25
-"""Share of the nearest-neighbour distance. Noise that moves atoms further is reported: they begin to change places."""
 
 
 def check_sources(config: Mapping[str, Any], report: Report) -> None:
@@ -81,31 +81,12 @@ def describe_corruption(task: DenoisingTask, rows: list[Any], seed: int, report:
     """Report which atoms a task moves, and how far compared with the distance to their nearest neighbours."""
     batch = data_list_collater(rows, otf_graph=True)
     corruption = task.corrupt(structures_of(batch), seed=seed, step=1)
-    moved, lengths = corruption.mask, corruption.noise[corruption.mask].norm(dim=-1)
-    idle = int((~corruption.corrupted).sum())
-    if not len(lengths):
-        report.problem(f"task.denoising.{task.name} moves no atom of the {len(rows)} structures looked at")
+    key = key_of(task.name)
+    if not bool(corruption.mask.any()):
+        report.problem(f"{key} moves no atom of the {len(rows)} structures looked at")
         return
     nearest = np.concatenate([nearest_neighbours(row) for row in rows[:8]])
-    mean, typical = float(lengths.mean()), float(np.median(nearest))
-    report.say(
-        task.name,
-        f"moves {100 * float(moved.float().mean()):.0f} % of the atoms by {mean:.3g} Å on average (at most "
-        f"{float(lengths.max()):.3g})",
-    )
-    if np.isfinite(typical):
-        report.say(
-            "",
-            f"that is {100 * mean / typical:.2g} % of the distance to the nearest neighbour (median {typical:.3g} Å, "
-            f"least {float(nearest.min()):.3g} Å)",
-        )
-        if mean > _FAR * typical:
-            report.caution(
-                f"task.denoising.{task.name} moves atoms by {100 * mean / typical:.0f} % of the distance to their "
-                "nearest neighbour: they may change places, and then the noise cannot be seen from the structure"
-            )
-    if idle:
-        report.say("", f"{idle} of {len(rows)} structures have nothing to denoise and are left out of its loss")
+    say_corruption(task.name, key, corruption, nearest, report)
 
 
 def nearest_neighbours(row: Any) -> np.ndarray:

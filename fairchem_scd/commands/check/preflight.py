@@ -13,7 +13,7 @@ from fairchem.core.common.flags import flags
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import build_config, new_trainer_context, setup_imports
 
-from fairchem_scd.commands.check import data, environment, steps
+from fairchem_scd.commands.check import data, environment, rounds, steps
 from fairchem_scd.commands.check.report import Report
 from fairchem_scd.commands.check.weights import describe_weights
 from fairchem_scd.commands.config_file import read_config
@@ -118,7 +118,7 @@ def _run(config: dict[str, Any], report: Report, repeats: int, seconds: float) -
                         describe_weights(trainer, report)
             if trainer.val_loader is None:
                 report.caution("dataset.val: none, so no best_checkpoint.pt will be written")
-            steps.describe_model(trainer, report)
+            rounds.describe_model(trainer._unwrapped_model, report)
             steps.try_steps(trainer, report, repeats=repeats, seconds=seconds)
             if not report.problems:
                 with report.part("validation"):

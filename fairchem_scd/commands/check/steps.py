@@ -2,45 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from fairchem_scd.commands.check.costs import say_costs
 from fairchem_scd.commands.check.report import Report
+from fairchem_scd.commands.check.rounds import AlwaysDrawn, say_idle, take_rounds
 from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.errors import ConfigError
-
-
-class _Always:
-    """Takes the place of a TaskDraw: every step has the same task."""
-
-    def __init__(self, task: DenoisingTask | None, seed: int) -> None:
-        self.task, self.seed = task, seed
-
-    def __call__(self, step: int) -> DenoisingTask | None:
-        return self.task
-
-
-def describe_model(trainer: Any, report: Report) -> None:
-    """Report the number of parameters of each part of the model."""
-    model = trainer._unwrapped_model
-    parts = {"backbone": model.backbone, **{f"head {name}": head for name, head in model.output_heads.items()}}
-    counts = [f"{name} {_count(part)}" for name, part in parts.items()]
-    report.say("parameters", ", ".join(counts))
-    for name, modules in getattr(model, "denoising", {}).items():
-        added = ", ".join(f"{part.replace('_', ' ')} {_count(module)}" for part, module in modules.items())
-        report.say("", f"added by {name}, for training alone: {added}")
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    if frozen:
-        report.say("", f"of these {frozen:,} are frozen")
-
-
-def _count(module: Any) -> str:
-    return f"{sum(p.numel() for p in module.parameters()):,}"
 
 
 def try_steps(trainer: Any, report: Report, *, repeats: int, seconds: float) -> None:
@@ -52,39 +22,23 @@ def try_steps(trainer: Any, report: Report, *, repeats: int, seconds: float) -> 
         repeats: timed rounds, after a first round that is not timed.
         seconds: begin no further round after this time.
     """
-    kinds: dict[str, DenoisingTask | None] = {} if trainer.self_supervised else {"ordinary": None}
-    kinds |= {name: task for name, task in trainer.tasks.items() if task.settings.prob}
-    batch, start = next(iter(trainer.train_loader)), time.monotonic()
-    taken: dict[str, list[float]] = {name: [] for name in kinds}
-    memory: dict[str, int] = {}
-    for turn in tqdm(range(1 + repeats), desc="rounds of steps", leave=False):
-        if turn > 1 and time.monotonic() - start > seconds:
-            break
-        for name, task in kinds.items():
-            with report.part(f"a step of kind '{name}'"):
-                took, peak = _step(trainer, batch, name, task, report)
-                memory[name] = max(peak, memory.get(name, 0))
-                if turn:
-                    taken[name].append(took)
-        if any(not taken[name] for name in kinds) and turn:
-            return  # a kind of step does not work, and costs cannot be compared
-    times = {name: statistics.median(values) for name, values in taken.items() if values}
-    if times:
-        say_costs(
-            times,
-            memory,
-            {name: trainer.tasks[name].settings.prob for name in times if name != "ordinary"},
-            batch=len(batch.natoms),
-            rounds=min(len(values) for values in taken.values()),
-            steps_per_epoch=len(trainer.train_loader),
-            device=trainer.device.type,
-            report=report,
-        )
+    batch = next(iter(trainer.train_loader))
+    take_rounds(
+        trainer.tasks,
+        lambda name, task: _step(trainer, batch, name, task, report),
+        report,
+        ordinary=not trainer.self_supervised,
+        repeats=repeats,
+        seconds=seconds,
+        batch=len(batch.natoms),
+        steps_per_epoch=len(trainer.train_loader),
+        device=trainer.device.type,
+    )
 
 
 def _step(trainer: Any, batch: Any, name: str, task: DenoisingTask | None, report: Report) -> tuple[float, int]:
     """One step as in the host's training loop. Returns seconds and peak bytes on the device."""
-    trainer.draw_task = _Always(task, trainer.draw_task.seed)
+    trainer.draw_task = AlwaysDrawn(task, trainer.draw_task.seed)
     trainer.model.train()
     trainer.step += 1
     on_gpu = trainer.device.type == "cuda"
@@ -105,11 +59,7 @@ def _step(trainer: Any, batch: Any, name: str, task: DenoisingTask | None, repor
     if not trainer.finite:
         return took, torch.cuda.max_memory_allocated()
     without = [n for n, p in trainer._unwrapped_model.named_parameters() if p.requires_grad and p.grad is None]
-    if without:
-        report.problem(
-            f"{len(without)} parameters have no gradient in a step of kind '{name}', such as {without[0]}: distributed "
-            "training would wait for them"
-        )
+    say_idle(name, without, report)
     return took, torch.cuda.max_memory_allocated() if on_gpu else 0
 
 

@@ -12,16 +12,15 @@ from fairchem.core.common.utils import setup_imports
 from torch import nn
 from tqdm import tqdm
 
+from fairchem_scd.commands.embed.asked import Kind, Pool, check_kind, device_of, vectors
 from fairchem_scd.commands.embed.embedding_run import EmbeddingRun
 from fairchem_scd.commands.embed.table import Embeddings
 from fairchem_scd.denoising.passes import embedding_task
-from fairchem_scd.errors import ConfigError, first_line
+from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.checkpoint import StoredRun, read
 from fairchem_scd.fairchem1.data.split import read_row
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
 
-Kind = Literal["auto", "features", "condition", "both"]
-Pool = Literal["mean", "sum"]
 Weights = Literal["ema", "raw"]
 
 _ENERGY = ("energy", "y")  # the second is its name in OC20's own files
@@ -64,8 +63,7 @@ def embed(
         ConfigError: the checkpoint does not have what was asked for, or its backbone no adapter.
         DataError: a structure cannot be read, is broken, or has elements beyond the model's table.
     """
-    if per_atom and kind == "condition":
-        raise ConfigError("c belongs to a structure, not to its atoms: per-atom needs the features or both")
+    check_kind(kind, per_atom)
     run = StoredRun(read(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint)
     model = _loaded(run, weights)
     conditioned, of_subset = _condition(model, kind)
@@ -78,11 +76,7 @@ def embed(
     with tqdm(total=size, desc="embedding", unit=" structures", disable=not progress) as bar:
         for rows in batches_of(dataset, size, 1 if of_subset else batch_size):
             for row, scalars, c in embedding_run(rows):
-                made = {} if c is None else {"condition": c.numpy()}
-                if kind != "condition":
-                    made["features"] = getattr(scalars, pool)(dim=0).numpy()
-                if per_atom:
-                    made["atom_features"] = scalars.numpy()
+                made = vectors(scalars, c, kind, pool, per_atom)
                 records.append({"sid": len(records), **_described(row, per_atom), **made})
             bar.update(len(rows))
     used = weights or ("ema" if run.checkpoint.get("ema") is not None else "as stored")
@@ -121,16 +115,6 @@ def _condition(model: DenoisingHydra, kind: Kind) -> tuple[bool, bool]:
         )
     conditioned = task is not None and kind != "features"
     return conditioned, conditioned and task.embeds_subset
-
-
-def device_of(name: str | torch.device | None) -> torch.device:
-    """The device of that name; None: the first GPU if there is one. Raises ConfigError where it cannot be used."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: {first_line(error)}") from error
-    return device
 
 
 def batches_of(dataset: Any, size: int, batch_size: int) -> Iterator[list[Any]]:

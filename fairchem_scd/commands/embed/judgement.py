@@ -10,8 +10,9 @@ from fairchem.core.datasets import data_list_collater
 from torch_geometric.data import Data
 from tqdm import tqdm
 
+from fairchem_scd.commands.embed.asked import device_of
 from fairchem_scd.commands.embed.embedding_run import INPUT
-from fairchem_scd.commands.embed.embeddings import Weights, batches_of, device_of, load_model
+from fairchem_scd.commands.embed.embeddings import Weights, batches_of, load_model
 from fairchem_scd.denoising.condition_judge import ConditionJudge
 from fairchem_scd.denoising.condition_report import ConditionReport
 from fairchem_scd.denoising.passes import embedding_task

@@ -13,6 +13,7 @@ from fairchem.core.datasets.atomic_data import AtomicData
 from fairchem.core.units.mlip_unit.mlip_unit import Task
 
 from fairchem_scd.commands.check.report import Report
+from fairchem_scd.commands.check.rounds import say_corruption
 from fairchem_scd.commands.fairchem2.embeddings import collated
 from fairchem_scd.denoising.config_keys import block_called, key_of
 from fairchem_scd.denoising.tasks import DenoisingTask
@@ -25,8 +26,6 @@ _ROWS = 32
 """Of each split so many are looked at."""
 
 _CUTOFF = 6.0
-_FAR = 0.25
-"""Share of the nearest-neighbour distance. Noise that moves atoms further is reported: they begin to change places."""
 
 
 def describe(split: str, dataset: Any, tasks: Sequence[Task], report: Report) -> list[AtomicData]:
@@ -90,31 +89,11 @@ def describe_corruption(
     with block_called(KEY):
         corruption = task.corrupt(structures, seed=unit.draw_task.seed, step=1)
         key = key_of(task.name)
-    lengths = corruption.noise[corruption.mask].norm(dim=-1)
-    if not len(lengths):
+    if not bool(corruption.mask.any()):
         report.problem(f"{key} moves no atom of the {len(rows)} structures looked at")
         return
     nearest = np.concatenate([nearest_neighbours(row) for row in rows[:8]])
-    mean, typical = float(lengths.mean()), float(np.median(nearest))
-    report.say(
-        task.name,
-        f"moves {100 * float(corruption.mask.float().mean()):.0f} % of the atoms by {mean:.3g} Å on average (at most "
-        f"{float(lengths.max()):.3g})",
-    )
-    if np.isfinite(typical):
-        report.say(
-            "",
-            f"that is {100 * mean / typical:.2g} % of the distance to the nearest neighbour (median {typical:.3g} Å, "
-            f"least {float(nearest.min()):.3g} Å)",
-        )
-        if mean > _FAR * typical:
-            report.caution(
-                f"{key} moves atoms by {100 * mean / typical:.0f} % of the distance to their nearest neighbour: they "
-                "may change places, and then the noise cannot be seen from the structure"
-            )
-    idle = int((~corruption.corrupted).sum())
-    if idle:
-        report.say("", f"{idle} of {len(rows)} structures have nothing to denoise and are left out of its loss")
+    say_corruption(task.name, key, corruption, nearest, report)
 
 
 def nearest_neighbours(row: AtomicData) -> np.ndarray:

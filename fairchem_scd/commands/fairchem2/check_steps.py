@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 import time
 from typing import Any
 
 import torch
 from fairchem.core.datasets.atomic_data import AtomicData
-from torch import nn
 from torchtnt.framework.state import EntryPoint, PhaseState, State
-from tqdm import tqdm
 
-from fairchem_scd.commands.check.costs import say_costs
 from fairchem_scd.commands.check.report import Report
+from fairchem_scd.commands.check.rounds import AlwaysDrawn, say_idle, take_rounds
 from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem2.unit import DenoisingTrainEvalUnit
-
-
-class _Always:
-    """Takes the place of a TaskDraw: every step has the same task."""
-
-    def __init__(self, task: DenoisingTask | None, seed: int) -> None:
-        self.task, self.seed = task, seed
-
-    def __call__(self, step: int) -> DenoisingTask | None:
-        return self.task
 
 
 class Steps:
@@ -55,7 +42,7 @@ class Steps:
             ConfigError: the loss or a gradient is not finite.
         """
         unit, on_gpu = self.unit, self.device.type == "cuda"
-        unit.draw_task = _Always(task, unit.draw_task.seed)
+        unit.draw_task = AlwaysDrawn(task, unit.draw_task.seed)
         skipped, batch = len(unit._finite.skipped), copy.deepcopy(batch)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -75,23 +62,6 @@ class Steps:
         self._idle = [name for name, p in named if p.requires_grad and p.grad is None]
 
 
-def describe_model(unit: DenoisingTrainEvalUnit, report: Report) -> None:
-    """Report the number of parameters of each part of the model."""
-    model = unit.model.module
-    parts = {"backbone": model.backbone, **{f"head {name}": head for name, head in model.output_heads.items()}}
-    report.say("parameters", ", ".join(f"{name} {_count(part)}" for name, part in parts.items()))
-    for name, modules in getattr(model, "denoising", {}).items():
-        added = ", ".join(f"{part.replace('_', ' ')} {_count(module)}" for part, module in modules.items())
-        report.say("", f"added by {name}, for training alone: {added}")
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    if frozen:
-        report.say("", f"of these {frozen:,} are frozen")
-
-
-def _count(part: nn.Module) -> str:
-    return f"{sum(p.numel() for p in part.parameters()):,}"
-
-
 def try_steps(runner: Any, report: Report, *, repeats: int, seconds: float) -> None:
     """Take steps of each kind in turn and report what they cost.
 
@@ -104,39 +74,24 @@ def try_steps(runner: Any, report: Report, *, repeats: int, seconds: float) -> N
     setup = runner.train_eval_unit.setup
     if not setup.tasks:
         return
-    kinds: dict[str, DenoisingTask | None] = {} if setup.self_supervised else {"ordinary": None}
-    kinds |= {name: task for name, task in setup.tasks.items() if task.settings.prob}
-    steps, batch, start = Steps(runner), next(iter(runner.train_dataloader)), time.monotonic()
-    taken: dict[str, list[float]] = {name: [] for name in kinds}
-    memory: dict[str, int] = {}
-    for turn in tqdm(range(1 + repeats), desc="rounds of steps", leave=False):
-        if turn > 1 and time.monotonic() - start > seconds:
-            break
-        for name, task in kinds.items():
-            with report.part(f"a step of kind '{name}'"):
-                took, peak, idle = steps.take(batch, task)
-                memory[name] = max(peak, memory.get(name, 0))
-                if idle:
-                    report.problem(
-                        f"{len(idle)} parameters have no gradient in a step of kind '{name}', such as {idle[0]}: "
-                        "distributed training would wait for them"
-                    )
-                if turn:
-                    taken[name].append(took)
-        if any(not taken[name] for name in kinds) and turn:
-            return  # a kind of step does not work, and costs cannot be compared
-    times = {name: statistics.median(values) for name, values in taken.items() if values}
-    if times:
-        say_costs(
-            times,
-            memory,
-            {name: setup.tasks[name].settings.prob for name in times if name != "ordinary"},
-            batch=len(batch.natoms),
-            rounds=min(len(values) for values in taken.values()),
-            steps_per_epoch=len(runner.train_dataloader),
-            device=steps.device.type,
-            report=report,
-        )
+    steps, batch = Steps(runner), next(iter(runner.train_dataloader))
+
+    def step(name: str, task: DenoisingTask | None) -> tuple[float, int]:
+        took, peak, idle = steps.take(batch, task)
+        say_idle(name, idle, report)
+        return took, peak
+
+    take_rounds(
+        setup.tasks,
+        step,
+        report,
+        ordinary=not setup.self_supervised,
+        repeats=repeats,
+        seconds=seconds,
+        batch=len(batch.natoms),
+        steps_per_epoch=len(runner.train_dataloader),
+        device=steps.device.type,
+    )
 
 
 def try_validation(runner: Any, report: Report) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import hydra
 import torch
@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fairchem_scd.commands.embed.asked import Kind, Pool, check_kind, device_of, vectors
 from fairchem_scd.commands.embed.table import Embeddings
 from fairchem_scd.commands.fairchem2 import checkpoints
 from fairchem_scd.commands.fairchem2.config_file import read_config
@@ -23,9 +24,6 @@ from fairchem_scd.denoising.passes import embed as condition_of
 from fairchem_scd.errors import ConfigError, DataError, first_line
 from fairchem_scd.fairchem2.batch import structures_of
 from fairchem_scd.fairchem2.model import DenoisingHydra
-
-Kind = Literal["auto", "features", "condition", "both"]
-Pool = Literal["mean", "sum"]
 
 LOADERS = {"train": "train_dataloader", "val": "eval_dataloader"}
 """Where the data of a split stands below `runner` in a config."""
@@ -103,13 +101,12 @@ def embed(
         ConfigError: the checkpoint does not have what was asked for, or its backbone no adapter.
         DataError: a structure cannot be read or has features that are not finite.
     """
-    if per_atom and kind == "condition":
-        raise ConfigError("c belongs to a structure, not to its atoms: per-atom needs the features or both")
+    check_kind(kind, per_atom)
     stored = checkpoint if isinstance(checkpoint, checkpoints.Stored) else checkpoints.read(checkpoint)
     model = checkpoints.build(stored, weights)
     conditioned = _conditioned(model, kind, stored)
     model.output_heads = nn.ModuleDict()
-    model.to(_device(device))
+    model.to(device_of(device))
     size = len(dataset) if limit is None else min(limit, len(dataset))
     if size == 0:
         raise ConfigError("there are no structures to embed")
@@ -118,21 +115,11 @@ def embed(
     with tqdm(total=size, desc="embedding", unit=" structures", disable=not progress) as bar:
         for rows in _batches(dataset, size, batch_size):
             for row, scalars, c in _embedded(model, rows, conditioned, len(records)):
-                made = _made(scalars, c, kind, pool, per_atom)
+                made = vectors(scalars, c, kind, pool, per_atom)
                 records.append({"sid": len(records), **_described(row, per_atom), **made})
             bar.update(len(rows))
     used = weights or ("ema" if stored.average is not None else "raw")
     return Embeddings.of(records, {**(about or {}), "weights": used, "pool": pool})
-
-
-def _made(scalars: Tensor, c: Tensor | None, kind: Kind, pool: Pool, per_atom: bool) -> dict[str, Any]:
-    """What was asked for of one structure, by the names of `Embeddings`."""
-    made = {} if c is None else {"condition": c.numpy()}
-    if kind != "condition":
-        made["features"] = getattr(scalars, pool)(dim=0).numpy()
-    if per_atom:
-        made["atom_features"] = scalars.numpy()
-    return made
 
 
 def _conditioned(model: DenoisingHydra, kind: Kind, stored: checkpoints.Stored) -> bool:
@@ -211,15 +198,6 @@ def _described(row: AtomicData, per_atom: bool) -> dict[str, Any]:
         "energy": energy,
     }
     return {**described, "atomic_numbers": numbers, "tags": tags} if per_atom else described
-
-
-def _device(name: str | torch.device | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: {first_line(error)}") from error
-    return device
 
 
 def _cause(error: BaseException) -> BaseException:

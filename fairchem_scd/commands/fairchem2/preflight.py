@@ -19,6 +19,7 @@ from fairchem.core.common import distutils
 from fairchem.core.common.utils import setup_env_vars
 from omegaconf import DictConfig, OmegaConf
 
+from fairchem_scd.commands.check import rounds
 from fairchem_scd.commands.check.report import Report
 from fairchem_scd.commands.fairchem2 import check_data, check_steps
 from fairchem_scd.commands.fairchem2.add_task import OURS
@@ -153,7 +154,7 @@ def _run(config: DictConfig, report: Report, repeats: int, seconds: float) -> No
                 if split == "train":
                     for task in unit.setup.tasks.values():
                         check_data.describe_corruption(task, rows, unit, report)
-        check_steps.describe_model(unit, report)
+        rounds.describe_model(unit.model.module, report)
         check_steps.try_steps(runner, report, repeats=repeats, seconds=seconds)
         if not report.problems:
             with report.part("validation"):

@@ -1,0 +1,181 @@
+"""What pre-training buys for a scalar property: HOMO-LUMO gaps of molecules, with and without it.
+
+PaiNN or EquiformerV2 learns the gap of frames of molecular dynamics from few labels: from random weights, and from
+weights pre-trained on the structures of all training frames, by plain denoising and by SCD; with noisy nodes beside the
+property, as SCD's paper fine-tunes, and without. The data are made by `python -m benchmarks.molecules FOLDER`.
+
+    python -m benchmarks.properties --data FOLDER --seeds 0 1 2
+
+Runs end with one line each in the results file; a run that is in there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ase.db
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from benchmarks.common import DENOISING, PLAIN, existing_folder, make_trainer, use_threads
+from benchmarks.neighbors import KeptNeighbors
+from benchmarks.results import Results, environment
+from benchmarks.structures import KeptAseDB, Splits, write
+from benchmarks.trained import Length, Model, Pretraining, Watch, averaged, quieten, start_of
+
+RESULTS = Path(__file__).parent / "results" / "properties.jsonl"
+STARTS: dict[str, dict[str, Any]] = {"plain denoising": {"condition": [], "std": 0.04}, "SCD": {"std": 0.04}}
+NOISY_NODES = {"noisy_nodes": {}}
+SMALL = {"layers": 2, "channels": 32, "radius": 4.5, "neighbors": 60}
+BACKBONES = {"painn": Model(**SMALL), "equiformer_v2": Model("equiformer_v2", **SMALL)}
+LENGTH = Length(600, 8, 2e-3)
+BEFORE = Length(1500, 16, 2e-3, weight_decay=0.01, clip=1.0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that decides a run's result.
+
+    Attributes:
+        arm: what the run is called in tables.
+        labels: how many frames have labels.
+        noisy_nodes: train noisy nodes beside the property.
+        pretraining: before that; None: random weights.
+    """
+
+    arm: str
+    labels: int
+    seed: int
+    model: Model
+    length: Length
+    noisy_nodes: bool
+    pretraining: Pretraining | None = None
+    data: str = "gaps"
+
+
+def runs(backbone: str, budgets: Sequence[int], seeds: Sequence[int]) -> Iterator[Run]:
+    """All runs, in an order that gives whole comparisons early."""
+    model = BACKBONES[backbone]
+    length, before = (LENGTH, BEFORE) if backbone == "painn" else (replace(LENGTH, lr=1e-3), replace(BEFORE, lr=1e-3))
+    for labels in budgets:
+        for seed in seeds:
+            for start in (None, *STARTS):
+                for noisy in (False, True):
+                    arm = ("scratch" if start is None else start) + (", noisy nodes" if noisy else "")
+                    pretraining = Pretraining(STARTS[start], before, seed) if start else None
+                    yield Run(arm, labels, seed, model, length, noisy, pretraining)
+
+
+@cache
+def load(folder: Path) -> Splits:
+    """Frames with the gap [eV] in the place of the energy, each in a large cell; a tenth of training is held out."""
+    parts = {name: _read(folder / f"molecules_{name}.db") for name in ("train", "test")}
+    order = np.random.default_rng(0).permutation(len(parts["train"]))
+    tenth = len(order) // 10
+    held_out, train = ([parts["train"][i] for i in rows] for rows in (order[:tenth], order[tenth:]))
+    return Splits(train, held_out, parts["test"])
+
+
+def _read(path: Path) -> list[Atoms]:
+    found = []
+    with ase.db.connect(str(path)) as rows:
+        for row in rows.select():
+            atoms = row.toatoms()
+            atoms.center(vacuum=5.0)
+            atoms.pbc = True  # as the host reads it, in a cell so large that no atom meets an image of another
+            atoms.calc = SinglePointCalculator(atoms, energy=row.data["gap"])
+            found.append(atoms)
+    return found
+
+
+def train(run: Run, splits: Splits, start: Path | None) -> dict[str, Any]:
+    """Train the gap and score it.
+
+    Returns:
+        What `Watch.train` returns, and the mean absolute error in eV on the held-out and on the test frames.
+    """
+    labelled = splits.labelled(run.labels, run.seed)
+    block = run.model.block()
+    head = block["heads"]["energy"]
+    if run.model.backbone == "equiformer_v2":
+        head["reduce"] = "mean"
+    if start is not None:
+        del block["backbone"]
+        block["finetune_config"] = {"starting_checkpoint": str(start)}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = {
+            name: {
+                "format": "kept_ase_db",
+                "src": write(part, Path(folder) / f"{name}.db"),
+                "a2g_args": {"r_energy": True, "r_forces": False},
+            }
+            for name, part in (("train", labelled), ("val", splits.held_out), ("test", splits.test))
+        }
+        test = KeptAseDB(rows.pop("test"))
+        gaps = np.array([atoms.get_potential_energy() for atoms in labelled])
+        scale = {"mean": float(gaps.mean()), "stdev": float(gaps.std())}
+        rows["train"]["transforms"] = {"normalizer": {"energy": scale}}
+        trainer = make_trainer(
+            DENOISING if run.noisy_nodes else PLAIN,
+            block,
+            rows,
+            run.length.optim(len(labelled)),
+            seed=run.seed,
+            denoising=NOISY_NODES if run.noisy_nodes else {},
+            forces=False,
+        )
+        KeptNeighbors(trainer._unwrapped_model.backbone)
+        quieten(trainer)
+        watch = Watch(trainer, lambda t: {"mae": error(t, t.val_dataset)}, 5, "energy_mae")
+        scores = watch.train(trainer)
+        with averaged(trainer):
+            scores |= {"held_out": error(trainer, trainer.val_dataset), "test": error(trainer, test)}
+    return scores
+
+
+@torch.no_grad()
+def error(trainer: Any, rows: Any, batch_size: int = 64) -> float:
+    """Mean absolute error of a trainer's present weights on a dataset, eV."""
+    found = []
+    for start in range(0, len(rows), batch_size):
+        batch = trainer.collater([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+        predicted = trainer._denorm_preds("energy", trainer._forward(batch)["energy"], batch).view(-1)
+        found.append((predicted - batch.energy).abs())
+    return round(torch.cat(found).mean().item(), 5)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.properties", description=(__doc__ or "").partition("\n")[0]
+    )
+    add = parser.add_argument
+    add("--data", type=existing_folder, required=True, metavar="FOLDER", help="of molecules_train.db and _test.db")
+    add("--backbone", choices=BACKBONES, default="painn", help="default: painn")
+    add("--labels", nargs="+", type=int, default=[64, 256], metavar="N", help="default: 64 256")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    add("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines, one a finished run; appended to")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: OMP_NUM_THREADS, else all cores)")
+    options = parser.parse_args(arguments)
+    use_threads(options.threads)
+    torch.set_flush_denormal(True)  # radial bases make many numbers too small to count, and slow
+    logging.getLogger().setLevel(logging.ERROR)
+    results, here, splits = Results(options.results), environment(), load(options.data)
+    for run in runs(options.backbone, options.labels, options.seeds):
+        with results.claimed(asdict(run)) as mine:
+            if mine:
+                scores = train(run, splits, start_of(run, splits, results, here))
+                results.append({"run": asdict(run), "scores": scores, **here})
+                print(f"{run.labels} labels, {run.arm}, seed {run.seed}: {scores['test']:.3f} eV", flush=True)
+
+
+if __name__ == "__main__":
+    main()
