@@ -19,7 +19,9 @@ from fairchem_scd.host import installed_major
 pytest.register_assert_rewrite("tests.support")
 
 _HERE = Path(__file__).parent
-_OF_A_HOST = dict.fromkeys(("fairchem1", "runs", "commands", "benchmarks", "docs", "test_stand_ins_and_real.py"), 1)
+_OF_A_HOST = dict.fromkeys(
+    ("fairchem1", "runs", "commands", "benchmarks", "docs", "gpu", "test_stand_ins_and_real.py"), 1
+)
 _OF_A_HOST["fairchem2"] = 2
 """Folders and files of tests that need fairchem-core of one major version."""
 
