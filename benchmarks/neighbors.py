@@ -46,10 +46,10 @@ class KeptNeighbors:
             ValueError: an atom has more neighbours than the backbone takes.
         """
         counts = data.natoms.tolist()
-        found = self._of(data, counts)
+        found, crossed = self._of(data, counts)
         firsts = [0, *torch.tensor(counts).cumsum(0).tolist()]
         edges = torch.cat([f.edges + first for f, first in zip(found, firsts, strict=False)], dim=1)
-        offsets = torch.cat([f.offsets for f in found])
+        offsets = torch.cat([f.offsets for f in found]) - crossed[edges[0]] + crossed[edges[1]]
         structure = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor([f.edges.shape[1] for f in found]))
         shifts = torch.einsum("ei,eij->ej", offsets, data.cell[structure])
         vectors = data.pos[edges[0]] - data.pos[edges[1]] + shifts
@@ -68,18 +68,27 @@ class KeptNeighbors:
             atomic_numbers_full=data.atomic_numbers.long(),
         )
 
-    def _of(self, data: Any, counts: list[int]) -> list[_Found]:
-        """The candidates of each structure, found now where they are not known or hold no more."""
+    def _of(self, data: Any, counts: list[int]) -> tuple[list[_Found], Tensor]:
+        """The candidates of each structure, found now where they are not known or hold no more.
+
+        Returns:
+            They, and by how many lattice vectors each atom is away from where it was when they were found, [N, 3]:
+            corrupted positions come back into the cell.
+        """
         keys = list(zip(map(int, data.sid), counts, strict=True))
+        pos = data.pos.detach()
+        pbc = data.pbc.view(-1, 3) if "pbc" in data else torch.ones(len(counts), 3, dtype=torch.bool)
         if all(key in self._found for key in keys):
             known = [self._found[key] for key in keys]
-            moved = (data.pos.detach() - torch.cat([f.pos for f in known])).norm(dim=1).max()
-            if moved <= MARGIN / 2 and torch.equal(data.cell, torch.stack([f.cell for f in known])):
-                return known
-        pbc = data.pbc.view(-1, 3) if "pbc" in data else torch.ones(len(counts), 3, dtype=torch.bool)
-        for key, pos, cell, periodic in zip(keys, data.pos.detach().split(counts), data.cell, pbc, strict=True):
-            self._found[key] = self._find(pos, cell, periodic)
-        return [self._found[key] for key in keys]
+            moved = pos - torch.cat([f.pos for f in known])
+            along = torch.linalg.pinv(data.cell) * pbc[:, None]  # a structure that does not repeat may have no cell
+            crossed = torch.einsum("ni,nij->nj", moved, along[data.batch]).round()
+            moved = moved - torch.einsum("ni,nij->nj", crossed, data.cell[data.batch])
+            if moved.norm(dim=1).max() <= MARGIN / 2 and torch.equal(data.cell, torch.stack([f.cell for f in known])):
+                return known, crossed
+        for key, part, cell, periodic in zip(keys, pos.split(counts), data.cell, pbc, strict=True):
+            self._found[key] = self._find(part, cell, periodic)
+        return [self._found[key] for key in keys], torch.zeros_like(pos)
 
     def _find(self, pos: Tensor, cell: Tensor, pbc: Tensor) -> _Found:
         one = SimpleNamespace(pos=pos, cell=cell[None], pbc=pbc[None], natoms=torch.tensor([len(pos)]))

@@ -145,7 +145,7 @@ def fairchem2_table(records: list[Record]) -> str:
             "steps": lambda r: r["run"]["size"]["steps"],
         },
         {
-            "force MAE, meV/Å": lambda r: _milli(r, "force_mae"),
+            "force MAE, meV/Å": lambda r: _milli(r, "force_mae") if "force_mae" in r["scores"]["test"] else None,
             "energy MAE, meV/atom": lambda r: _milli(r, "energy_mae"),
         },
     )

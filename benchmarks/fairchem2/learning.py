@@ -6,7 +6,8 @@ run has seen. Runs end with one line each in the results file; a run that is in 
 
     python -m benchmarks.fairchem2.learning --data FOLDER --seeds 0 1 2
 
-FOLDER has the ASE databases `mlearn_Mo_train.db` and `mlearn_Mo_test.db`, and the same for Li.
+FOLDER has the ASE databases `mlearn_Mo_train.db` and `mlearn_Mo_test.db`, the same for Li, and `oxides.db`, of which a
+fifth is set apart. The oxides are relaxed, so they have energies alone.
 """
 
 from __future__ import annotations
@@ -35,8 +36,14 @@ from fairchem.core.common import distutils
 from benchmarks.results import Results, environment
 
 RESULTS = Path(__file__).parents[1] / "results" / "fairchem2.jsonl"
-DATA = ("Mo", "Li")
+FILES = {
+    "Mo": ("mlearn_Mo_train.db", "mlearn_Mo_test.db"),
+    "Li": ("mlearn_Li_train.db", "mlearn_Li_test.db"),
+    "oxides": ("oxides.db", None),
+}
+"""ASE databases by the name of the data: of training and of testing; None: a fifth of the first."""
 FORCES = ("direct", "conservative")
+NO_FORCES = "none"
 _UNIT = "fairchem.core.units.mlip_unit.mlip_unit"
 _UMA = "fairchem.core.models.uma"
 _OURS = "fairchem_scd.DenoisingTrainEvalUnit"
@@ -72,7 +79,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Run:
-    """All that decides a run's result; `labels` is a number of structures, None: all."""
+    """All that decides a run's result.
+
+    Attributes:
+        forces: "direct", "conservative", or "none": energies alone.
+        labels: how many structures have labels; None: all.
+    """
 
     data: str
     forces: str
@@ -86,10 +98,10 @@ def train(run: Run, data: Path, folder: Path) -> dict[str, Any]:
     """Train as the run says, in a folder of its own.
 
     Returns:
-        Mean absolute errors of energies [eV per atom] and force components [eV/Å] on the test structures, and the
-        processor time of training in seconds, of pre-training apart.
+        Mean absolute errors of energies [eV per atom] and, where they are trained, of force components [eV/Å] on the
+        test structures; and the processor time of training in seconds, of pre-training apart.
     """
-    structures, test = (_read(data / f"mlearn_{run.data}_{part}.db") for part in ("train", "test"))
+    structures, test = _splits(data, run.data)
     order = np.random.default_rng([run.seed, 1]).permutation(len(structures))
     labelled = [structures[i] for i in order[: run.labels]]
     _write(folder / "all/all.aselmdb", structures)
@@ -98,25 +110,29 @@ def train(run: Run, data: Path, folder: Path) -> dict[str, Any]:
     if run.arm in BEFORE:
         start, before = _fit(folder / "before", run, folder / "all/all.aselmdb", BEFORE[run.arm], tasks=[], start=None)
     block = BESIDE.get(run.arm, {})
-    checkpoint, seconds = _fit(folder / "run", run, folder / "few/few.aselmdb", block, _tasks(labelled), start)
-    return {"test": judge(checkpoint, run.data, test), "seconds": seconds, "seconds_before": before}
+    checkpoint, seconds = _fit(
+        folder / "run", run, folder / "few/few.aselmdb", block, _tasks(labelled, run.forces), start
+    )
+    errors = judge(checkpoint, run.data, test, forces=run.forces != NO_FORCES)
+    return {"test": errors, "seconds": seconds, "seconds_before": before}
 
 
-def judge(checkpoint: Path, data: str, structures: Sequence[Atoms]) -> dict[str, float]:
+def judge(checkpoint: Path, data: str, structures: Sequence[Atoms], *, forces: bool) -> dict[str, float]:
     """Errors of an inference checkpoint, by the host's own calculator."""
     calculator = FAIRChemCalculator.from_model_checkpoint(
         str(checkpoint), task_name=data, inference_settings="batch", device="cpu"
     )
-    energies, forces = [], []
+    energy_errors, force_errors = [], []
     for atoms in structures:
         judged = atoms.copy()
         judged.calc = calculator
-        energies.append(abs(judged.get_potential_energy() - atoms.get_potential_energy()) / len(atoms))
-        forces.append(np.abs(judged.get_forces() - atoms.get_forces()).ravel())
-    return {
-        "energy_mae": round(float(np.mean(energies)), 6),
-        "force_mae": round(float(np.concatenate(forces).mean()), 6),
-    }
+        energy_errors.append(abs(judged.get_potential_energy() - atoms.get_potential_energy()) / len(atoms))
+        if forces:
+            force_errors.append(np.abs(judged.get_forces() - atoms.get_forces()).ravel())
+    found = {"energy_mae": np.mean(energy_errors)}
+    if forces:
+        found["force_mae"] = np.concatenate(force_errors).mean()
+    return {name: round(float(value), 6) for name, value in found.items()}
 
 
 # --- one run of the host ----------------------------------------------------------------------------------------------
@@ -141,11 +157,12 @@ def _fit(
 
 
 def _model(run: Run, *, supervised: bool, start: Path | None) -> dict[str, Any]:
-    direct = run.forces == "direct"
+    direct = run.forces != "conservative"
     heads: dict[str, Any] = {}
     if supervised and direct:
         heads = {"energy": {"module": f"{_UMA}.escn_md.MLP_Energy_Head"}}
-        heads["forces"] = {"module": f"{_UMA}.escn_md.Linear_Force_Head"}
+        if run.forces == "direct":
+            heads["forces"] = {"module": f"{_UMA}.escn_md.Linear_Force_Head"}
     elif supervised:
         heads = {"efs": {"module": f"{_UMA}.escn_md.MLP_EFS_Head"}}
     through = {} if direct or not supervised else {"pass_through_head_outputs": True}
@@ -187,14 +204,23 @@ def _model(run: Run, *, supervised: bool, start: Path | None) -> dict[str, Any]:
     }
 
 
-def _tasks(labelled: Sequence[Atoms]) -> list[dict[str, Any]]:
-    """Energy relative to the mean energy per atom of the labels, and forces; both normalised by the forces' size."""
-    per_atom = float(np.mean([atoms.get_potential_energy() / len(atoms) for atoms in labelled]))
-    rmsd = float(np.sqrt(np.mean(np.concatenate([atoms.get_forces().ravel() for atoms in labelled]) ** 2)))
+def _tasks(labelled: Sequence[Atoms], forces: str) -> list[dict[str, Any]]:
+    """Energy relative to reference energies of the elements, fitted to the labels' energies per atom, and forces.
+
+    Both are normalised by the forces' root mean square; energies alone by their own, per structure.
+    """
+    atoms_each = np.array([len(atoms) for atoms in labelled])
+    shares = np.stack([np.bincount(atoms.numbers, minlength=100) for atoms in labelled]) / atoms_each[:, None]
+    per_atom = np.array([atoms.get_potential_energy() for atoms in labelled]) / atoms_each
+    of_elements = np.linalg.lstsq(shares, per_atom, rcond=None)[0]
+    sizes = (per_atom - shares @ of_elements) * atoms_each
+    if forces != NO_FORCES:
+        sizes = np.concatenate([atoms.get_forces().ravel() for atoms in labelled])
+    rmsd = float(np.sqrt(np.mean(sizes**2)))
     module = "fairchem.core.modules"
     references = {
         "_target_": f"{module}.normalization.element_references.ElementReferences",
-        "element_references": {"_target_": "torch.DoubleTensor", "_args_": [[per_atom] * 100]},  # of one element alone
+        "element_references": {"_target_": "torch.DoubleTensor", "_args_": [of_elements.tolist()]},
     }
     normalizer = {"_target_": f"{module}.normalization.normalizer.Normalizer", "mean": 0.0, "rmsd": rmsd}
 
@@ -213,10 +239,8 @@ def _tasks(labelled: Sequence[Atoms]) -> list[dict[str, Any]]:
             **others,
         }
 
-    return [
-        task("energy", "system", "PerAtomMAELoss", 1, element_references=references),
-        task("forces", "atom", "L2NormLoss", 3),
-    ]
+    energy = task("energy", "system", "PerAtomMAELoss", 1, element_references=references)
+    return [energy] if forces == NO_FORCES else [energy, task("forces", "atom", "L2NormLoss", 3)]
 
 
 def _config(
@@ -310,6 +334,17 @@ def _config(
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
+def _splits(folder: Path, name: str) -> tuple[list[Atoms], list[Atoms]]:
+    """The structures for training and for the last look."""
+    first, second = FILES[name]
+    train = _read(folder / first)
+    if second is not None:
+        return train, _read(folder / second)
+    order = np.random.default_rng(1).permutation(len(train))
+    count = round(0.2 * len(train))
+    return [train[i] for i in order[count:]], [train[i] for i in order[:count]]
+
+
 def _read(path: Path) -> list[Atoms]:
     with ase.db.connect(str(path)) as rows:
         return [row.toatoms() for row in rows.select()]
@@ -328,8 +363,13 @@ def _write(path: Path, structures: Sequence[Atoms]) -> None:
 
 def chosen(options: argparse.Namespace) -> Iterator[Run]:
     """The runs that the options ask for, in an order that gives whole comparisons early."""
-    for data, forces, seed in product(options.only, options.forces, options.seeds):
+    for data, kind, seed in product(options.only, options.forces, options.seeds):
+        forces = kind if FILES[data][1] else NO_FORCES
+        if forces == NO_FORCES and kind != options.forces[0]:
+            continue
         for arm in options.arms:
+            if forces == NO_FORCES and "dens" in BESIDE.get(arm, {}):
+                continue  # it takes forces
             yield Run(data, forces, arm, options.labels, seed)
 
 
@@ -337,7 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fairchem2.learning", description=__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="FOLDER", help="folder of the ASE databases")
-    add("--only", nargs="+", choices=DATA, default=list(DATA), metavar="DATA", help="these data alone")
+    add("--only", nargs="+", choices=FILES, default=list(FILES), metavar="DATA", help="these data alone")
     add("--forces", nargs="+", choices=FORCES, default=list(FORCES), metavar="KIND", help="direct, conservative")
     add("--arms", nargs="+", choices=(*BESIDE, *BEFORE), default=[*BESIDE, *BEFORE], metavar="ARM", help="these alone")
     add("--labels", type=int, default=24, metavar="N", help="structures with labels (default: 24)")
@@ -360,11 +400,8 @@ def main(arguments: list[str] | None = None) -> None:
                 os.chdir(before)
             results.append({"run": asdict(run), "scores": scores, **here})
             errors = scores["test"]
-            print(
-                f"{run.data}, {run.forces}, {run.arm}, seed {run.seed}: "
-                f"{1000 * errors['energy_mae']:.1f} meV/atom, {1000 * errors['force_mae']:.1f} meV/Å",
-                flush=True,
-            )
+            found = ", ".join(f"{name} {1000 * error:.1f}" for name, error in errors.items())
+            print(f"{run.data}, {run.forces}, {run.arm}, seed {run.seed}: {found} (meV/atom, meV/Å)", flush=True)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,22 @@ def test_kept_neighbours_are_the_hosts_where_atoms_moved_a_little_and_where_far(
     batch.pos = start
 
 
+def test_kept_neighbours_are_not_searched_again_for_atoms_that_come_back_into_the_cell(batch: Any) -> None:
+    host, kept = hydra("painn"), hydra("painn")
+    neighbors = KeptNeighbors(kept.backbone)
+    start = batch.pos.clone()
+    kept(batch)
+    before = dict(neighbors._found)
+    torch.manual_seed(1)
+    cells = torch.einsum("ni,nij->nj", torch.randint(-1, 2, start.shape).float(), batch.cell[batch.batch])
+    batch.pos = start + 0.05 * torch.randn_like(start)
+    expected = host(batch)["forces"]
+    batch.pos = batch.pos + cells
+    torch.testing.assert_close(kept(batch)["forces"], expected, atol=1e-5, rtol=1e-4)
+    assert neighbors._found == before
+    batch.pos = start
+
+
 def test_kept_neighbours_refuse_to_cut(batch: Any) -> None:
     model = hydra("painn")
     model.backbone.max_neighbors = 3
