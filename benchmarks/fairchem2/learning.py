@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import tempfile
 import time
 from argparse import Namespace
@@ -33,7 +34,7 @@ from fairchem.core import FAIRChemCalculator
 from fairchem.core._cli import main as fairchem
 from fairchem.core.common import distutils
 
-from benchmarks.results import Results, environment
+from benchmarks.results import Results, environment, key_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "fairchem2.jsonl"
 FILES = {
@@ -77,6 +78,10 @@ class Size:
     before: int = 400
 
 
+SIZES = {"oxides": Size(cutoff=3.5, atoms=110)}  # denser, and smaller
+"""Of the data that have another one."""
+
+
 @dataclass(frozen=True)
 class Run:
     """All that decides a run's result.
@@ -94,27 +99,44 @@ class Run:
     size: Size = field(default_factory=Size)
 
 
-def train(run: Run, data: Path, folder: Path) -> dict[str, Any]:
+def train(run: Run, data: Path, folder: Path, results: Results, here: Mapping[str, str]) -> dict[str, Any]:
     """Train as the run says, in a folder of its own.
 
     Returns:
         Mean absolute errors of energies [eV per atom] and, where they are trained, of force components [eV/Å] on the
-        test structures; and the processor time of training in seconds, of pre-training apart.
+        test structures; and the processor time of training in seconds.
     """
     structures, test = _splits(data, run.data)
     order = np.random.default_rng([run.seed, 1]).permutation(len(structures))
     labelled = [structures[i] for i in order[: run.labels]]
-    _write(folder / "all/all.aselmdb", structures)
     _write(folder / "few/few.aselmdb", labelled)
-    start, before = None, 0.0
-    if run.arm in BEFORE:
-        start, before = _fit(folder / "before", run, folder / "all/all.aselmdb", BEFORE[run.arm], tasks=[], start=None)
-    block = BESIDE.get(run.arm, {})
-    checkpoint, seconds = _fit(
-        folder / "run", run, folder / "few/few.aselmdb", block, _tasks(labelled, run.forces), start
-    )
-    errors = judge(checkpoint, run.data, test, forces=run.forces != NO_FORCES)
-    return {"test": errors, "seconds": seconds, "seconds_before": before}
+    start = pretrained(run, structures, folder, results, here) if run.arm in BEFORE else None
+    tasks, block = _tasks(labelled, run.forces), BESIDE.get(run.arm, {})
+    checkpoint, seconds = _fit(folder / "run", run, folder / "few/few.aselmdb", block, tasks, start)
+    return {"test": judge(checkpoint, run.data, test, forces=run.forces != NO_FORCES), "seconds": seconds}
+
+
+def pretrained(run: Run, structures: Sequence[Atoms], folder: Path, results: Results, here: Mapping[str, str]) -> Path:
+    """The inference checkpoint that a run starts from, pre-trained now if it is not there yet.
+
+    It is the same for direct and conservative forces and for any number of labels. Checkpoints are kept beside the
+    results; each pre-training has a line of its own in them.
+    """
+    settings = {"data": run.data, "before": BEFORE[run.arm], "seed": run.seed, "size": asdict(run.size)}
+    kept = results.path.with_suffix(".checkpoints") / f"{key_of(settings)}.pt"
+    with results.claimed(settings, wait=True) as mine:
+        if mine or not kept.exists():
+            _write(folder / "all/all.aselmdb", structures)
+            checkpoint, seconds = _fit(
+                folder / "before", run, folder / "all/all.aselmdb", BEFORE[run.arm], tasks=[], start=None
+            )
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            part = kept.with_suffix(".part")
+            shutil.copyfile(checkpoint, part)
+            part.replace(kept)
+            if mine:
+                results.append({"run": settings, "scores": {"seconds": seconds}, **here})
+    return kept
 
 
 def judge(checkpoint: Path, data: str, structures: Sequence[Atoms], *, forces: bool) -> dict[str, float]:
@@ -370,7 +392,7 @@ def chosen(options: argparse.Namespace) -> Iterator[Run]:
         for arm in options.arms:
             if forces == NO_FORCES and "dens" in BESIDE.get(arm, {}):
                 continue  # it takes forces
-            yield Run(data, forces, arm, options.labels, seed)
+            yield Run(data, forces, arm, options.labels, seed, SIZES.get(data, Size()))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -395,7 +417,7 @@ def main(arguments: list[str] | None = None) -> None:
             before = Path.cwd()
             os.chdir(folder)  # the host writes where it is
             try:
-                scores = train(run, options.data, Path(folder))
+                scores = train(run, options.data, Path(folder), results, here)
             finally:
                 os.chdir(before)
             results.append({"run": asdict(run), "scores": scores, **here})
