@@ -29,10 +29,8 @@ import torch
 
 from benchmarks import structures
 from benchmarks.common import existing_folder, use_threads
-from benchmarks.noise import judged, noise_errors, told_differences
 from benchmarks.results import Results, environment
-from benchmarks.trained import Length, Model, Watch, averaged, denoiser
-from fairchem_scd.denoising.condition_judge import ConditionJudge
+from benchmarks.trained import Length, Model, denoiser, watch_denoising
 
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {"condition": []},
@@ -108,33 +106,6 @@ def suite(name: str, seeds: list[int], data: list[str] | None, steps: int | None
 SUITES = ("small", "real", "frontier")
 
 
-_TOLD = ("right", "other", "none")
-
-
-def judge(trainer: Any, form: str) -> dict[str, Any]:
-    """Noise errors as the trainer's weights are: means, standard errors over structures, and of their difference."""
-    if form == "plain":
-        return {"none": _mean(noise_errors(trainer))}
-    found = judged(trainer)
-    errors = {told: of_structures(found, told) for told in _TOLD}
-    return {
-        **{told: _mean(values) for told, values in errors.items()},
-        "other_minus_right": _mean(errors["other"] - errors["right"]),
-        "none_minus_right": _mean(errors["none"] - errors["right"]),
-        "dimensions": round(found.report().dimensions, 3),
-    }
-
-
-def of_structures(found: ConditionJudge, told: str) -> torch.Tensor:
-    """[B] noise errors of the held-out structures, in their order."""
-    return torch.tensor([score.mse[told] for score in found.scores.values()], dtype=torch.float64)
-
-
-def _mean(values: Any) -> list[float]:
-    """Mean, and its standard error."""
-    return [round(values.mean().item(), 6), round(values.std().item() / len(values) ** 0.5, 6)]
-
-
 def train(run: Run, folder: Path | None) -> dict[str, Any]:
     """Train and judge one run."""
     splits = structures.load(run.data, folder)
@@ -146,20 +117,10 @@ def train(run: Run, folder: Path | None) -> dict[str, Any]:
             splits.held_out[:_HELD_OUT],
             Path(work),
             scd={"std": run.std, **FORMS[run.form]},
+            difference=run.form == "difference",
             seed=run.seed,
         )
-        if run.form == "difference":
-            told_differences(trainer._unwrapped_model)
-        watch = Watch(trainer, lambda t: judge(t, run.form), 4, "denoising_pos_mae")
-        scores = watch.train(trainer)
-        with averaged(trainer):  # structure by structure, to compare runs with each other
-            if run.form == "plain":
-                errors = {"none": noise_errors(trainer)}
-            else:
-                found = judged(trainer)
-                errors = {told: of_structures(found, told) for told in _TOLD}
-        scores["structures"] = {told: [round(error, 5) for error in of.tolist()] for told, of in errors.items()}
-        return scores
+        return watch_denoising(trainer, 4)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,6 +11,7 @@ not run again, and several processes may share the file:
 Suites, which --only, --arms, --labels and --seeds narrow down:
 
 - few: few labels, from random weights and after pre-training on the structures of all training data;
+- rates: the learning rate of few, to be chosen on held-out structures;
 - energies: as few, on oxides, whose structures are relaxed: energies alone;
 - compute: plain training from random weights for as long as pre-training and fine-tuning together;
 - heads: as few, with energy heads that start as the host has them;
@@ -94,10 +95,11 @@ TASKS: dict[str, dict[str, Any]] = {
 """The `task.denoising` block of each arm that denoises beside the labels; any other arm has none."""
 
 STARTS: dict[str, dict[str, Any]] = {
-    "plain denoising": {"condition": [], "std": 0.04},
-    "SCD": {"std": 0.04},
+    "plain denoising": {"scd": {"condition": [], "std": 0.04}},
+    "SCD": {"scd": {"std": 0.04}},
+    "difference form": {"scd": {"std": 0.04}, "difference": True},
 }
-"""Settings of `task.denoising.scd` in pre-training. An arm that has one is called `START, then TASK`."""
+"""Arguments of `Pretraining`. An arm that has one is called `START, then TASK`."""
 
 PRETRAINED = tuple(f"{start}, then {PLAIN}" for start in STARTS)
 ARMS = (PLAIN, *TASKS, *PRETRAINED, "SCD, then DeNS, coefficient 100")
@@ -130,33 +132,38 @@ class Suite:
         for data, budgets, seed in product(self.data, self.budgets, seeds):
             for labels, length, arm in product(budgets, self.lengths, self.arms):
                 start, _, task = arm.rpartition(", then ")
-                before = Pretraining(STARTS[start], self.before, seed) if start else None
+                before = Pretraining(length=self.before, seed=seed, **STARTS[start]) if start else None
                 denoising = TASKS.get(task, {})
                 model = replace(self.model, **_CUTOFF.get(data, {}))
                 yield Run(data, arm, labels, seed, model, length, denoising, before, self.quiet_heads)
 
 
 _METALS = ("Mo", "Li")
-_BEFORE = Length(400, 4, 2e-3, weight_decay=0.01, clip=1.0)
+_BEFORE = Length(1200, 8, 1e-3, weight_decay=0.01, clip=1.0)
 _BESIDE = (PLAIN, "DeNS, coefficient 100", "SCD beside labels, coefficient 10")
 _FEW = Suite(
     ("oxides", *_METALS),
     ((24,), (None,), (96,), (12, 48)),
     (PLAIN, *PRETRAINED),
-    SMALL,
+    Model(),
     (Length(300, 4, 2e-3),),
     _BEFORE,
 )
 SUITES = {
     "few": _FEW,
-    # A step of pre-training costs about one and two plain ones.
-    "compute": replace(_FEW, arms=(PLAIN,), lengths=(Length(700, 4, 2e-3), Length(1100, 4, 2e-3))),
+    "rates": replace(
+        _FEW,
+        budgets=((24,),),
+        arms=(PLAIN, *PRETRAINED[:1]),
+        lengths=tuple(Length(300, 4, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
+    ),
+    # A step of pre-training has twice as many structures; with SCD each passes twice.
+    "compute": replace(_FEW, arms=(PLAIN,), lengths=(Length(2700, 4, 2e-3), Length(5100, 4, 2e-3))),
     "heads": replace(_FEW, budgets=((24,),), quiet_heads=False),
     "energies": replace(
         _FEW,
         data=("oxides",),
         lengths=(Length(300, 8, 2e-3),),
-        before=Length(400, 16, 2e-3, weight_decay=0.01, clip=1.0),
     ),
     "long": replace(_FEW, budgets=((None,),), arms=_BESIDE, lengths=(Length(1200, 4, 2e-3),)),
     "tune": Suite(("Mo",), ((96,),), (PLAIN, *TASKS), SMALL, (Length(600, 4, 2e-3),), _BEFORE),

@@ -52,6 +52,43 @@ def judged(trainer: Any) -> ConditionJudge:
     return judge
 
 
+_TOLD = ("right", "other", "none")
+
+
+def judge(trainer: Any) -> dict[str, Any]:
+    """Noise errors as the trainer's weights are.
+
+    Returns:
+        By what structures are told, the mean and its standard error; of the differences too. "structures": the errors
+        of each. "dimensions": the participation ratio of what structures are told. Without a condition "none" alone.
+    """
+    if not trainer.tasks["scd"].settings.condition:
+        return _summary({"none": noise_errors(trainer)})
+    found = judged(trainer)
+    errors = {told: of_structures(found, told) for told in _TOLD}
+    return {
+        **_summary(errors),
+        "other_minus_right": _mean(errors["other"] - errors["right"]),
+        "none_minus_right": _mean(errors["none"] - errors["right"]),
+        "dimensions": round(found.report().dimensions, 3),
+    }
+
+
+def _summary(errors: dict[str, Tensor]) -> dict[str, Any]:
+    structures = {told: [round(error, 5) for error in of.tolist()] for told, of in errors.items()}
+    return {**{told: _mean(of) for told, of in errors.items()}, "structures": structures}
+
+
+def of_structures(found: ConditionJudge, told: str) -> torch.Tensor:
+    """[B] noise errors of the held-out structures, in their order."""
+    return torch.tensor([score.mse[told] for score in found.scores.values()], dtype=torch.float64)
+
+
+def _mean(values: Any) -> list[float]:
+    """Mean, and its standard error."""
+    return [round(values.mean().item(), 6), round(values.std().item() / len(values) ** 0.5, 6)]
+
+
 def _batches(trainer: Any) -> Iterator[Any]:
     rows = trainer.val_dataset
     for start in range(0, len(rows), _AT_ONCE):

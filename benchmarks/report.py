@@ -25,6 +25,7 @@ from benchmarks.tables import (
     properties_table,
     saved_table,
     trained,
+    widest,
 )
 from fairchem_scd.commands import pictures as style
 
@@ -41,8 +42,11 @@ def sections(
     """The markdown of each section by the name of its marks; empty where there is nothing to compare yet."""
     gaps, second = ([r for r in records if "arm" in r["run"]] for records in (properties, fairchem2))
     few, long = trained(learning, "few", "energies"), trained(learning, "long")
-    several = few if budgets(few) > 1 else []
-    compute = trained(learning, "few", "compute") if trained(learning, "compute") else []
+    several = widest(few) if budgets(widest(few)) > 1 else []
+    longer = trained(learning, "compute")
+    shared = {(r["run"]["data"], r["run"]["labels"]) for r in longer}
+    compute = longer + [r for r in widest(few) if (r["run"]["data"], r["run"]["labels"]) in shared]
+    compute = compute if longer else []
     parts: dict[str, tuple[list[Record], str, Callable[[], str]]] = {
         "few": (few, FEW, lambda: arms_table(few)),
         "labels": (several, LABELS, lambda: saved_table(several)),
@@ -174,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     figures = options.page.parent / "figures"
     with style.printed():
         for draw, records, name in (
-            (draw_labels, trained(learning, "few", "energies"), "few_labels"),
+            (draw_labels, widest(trained(learning, "few", "energies")), "few_labels"),
             (draw_curves, trained(learning, "long"), "beside_labels"),
             (draw_ladder, condition, "condition"),
         ):

@@ -116,6 +116,7 @@ def arms_table(records: list[Record], split: str = "test") -> str:
         {
             "data": lambda r: r["run"]["data"],
             "backbone": lambda r: r["run"]["model"]["backbone"],
+            "channels": channels,
             "labels": number_of_labels,
             "steps": lambda r: r["run"]["length"]["steps"],
         },
@@ -226,6 +227,17 @@ def budgets(records: Iterable[Record]) -> int:
     )
     datas = [data for data, _ in groups]
     return max(map(datas.count, datas), default=0)
+
+
+def channels(record: Record) -> int:
+    """Width of the model."""
+    return record["run"]["model"]["channels"]
+
+
+def widest(records: list[Record]) -> list[Record]:
+    """The runs of the widest model, so that one curve holds one model."""
+    most = max(map(channels, records), default=0)
+    return [record for record in records if channels(record) == most]
 
 
 def number_of_labels(record: Record) -> int:

@@ -17,7 +17,7 @@ from ase import Atoms
 
 from benchmarks.common import DENOISING, PLAIN, hydra, make_trainer, training
 from benchmarks.neighbors import KeptNeighbors
-from benchmarks.noise import noise_errors
+from benchmarks.noise import judge, told_differences
 from benchmarks.results import Results, key_of
 from benchmarks.structures import KeptAseDB, Splits, write
 from fairchem_scd.denoising.quiet_heads import quieten as quieten_heads
@@ -74,11 +74,17 @@ class Length:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """Denoising of structures alone: settings of `task.denoising.scd`, and the training by it."""
+    """Denoising of structures alone.
+
+    Attributes:
+        scd: settings of `task.denoising.scd`.
+        difference: blocks are told differences (`noise.DifferenceHydra`).
+    """
 
     scd: dict[str, Any]
     length: Length
     seed: int
+    difference: bool = False
 
 
 class Watch:
@@ -254,6 +260,7 @@ def denoiser(
     *,
     scd: Mapping[str, Any],
     seed: int,
+    difference: bool = False,
 ) -> Any:
     """A trainer of denoising alone, which reads no labels."""
     trainer = make_trainer(
@@ -274,21 +281,48 @@ def denoiser(
         folder=folder,
     )
     KeptNeighbors(trainer._unwrapped_model.backbone)
+    if difference:
+        told_differences(trainer._unwrapped_model)
     return trainer
+
+
+def watch_denoising(trainer: Any, points: int) -> dict[str, Any]:
+    """Train a denoiser, judging its averaged weights at so many points.
+
+    Returns:
+        What `Watch.train` returns, with what `noise.judge` finds in its curve; `structures`: each structure's noise
+        errors at the end, by what it is told.
+    """
+
+    def means(trainer: Any) -> dict[str, Any]:
+        return {name: value for name, value in judge(trainer).items() if name != "structures"}
+
+    scores = Watch(trainer, means, points, "denoising_pos_mae").train(trainer)
+    with averaged(trainer):
+        scores["structures"] = judge(trainer)["structures"]
+    return scores
 
 
 def pretrain(model: Model, how: Pretraining, splits: Splits, checkpoint: Path) -> dict[str, Any]:
     """Denoise the training structures, and keep the averaged weights as a checkpoint.
 
     Returns:
-        What `Watch.train` returns, with the noise error on held-out structures in its curve.
+        What `watch_denoising` returns.
     """
     with tempfile.TemporaryDirectory() as folder:
-        trainer = denoiser(model, how.length, splits.train, splits.held_out, Path(folder), scd=how.scd, seed=how.seed)
+        trainer = denoiser(
+            model,
+            how.length,
+            splits.train,
+            splits.held_out,
+            Path(folder),
+            scd=how.scd,
+            seed=how.seed,
+            difference=how.difference,
+        )
         batch = next(iter(trainer.train_loader))
         assert not {"energy", "forces"} & set(batch.keys()), "labels were read in pre-training"
-        watch = Watch(trainer, lambda t: {"noise": round(noise_errors(t).mean().item(), 5)}, 5, "denoising_pos_mae")
-        scores = watch.train(trainer)
+        scores = watch_denoising(trainer, 4)
         saved = trainer.save(checkpoint_file="pretrained.pt", training_state=False)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         part = checkpoint.with_suffix(".part")

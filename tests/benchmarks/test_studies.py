@@ -20,7 +20,7 @@ from fairchem.core.preprocessing import AtomsToGraphs
 
 from benchmarks import condition, learning, report, structures, tables
 from benchmarks.neighbors import KeptNeighbors
-from benchmarks.noise import judged, mean_of_structures, noise_errors, told_differences
+from benchmarks.noise import judge, judged, mean_of_structures, noise_errors, of_structures, told_differences
 from benchmarks.results import Results, key_of
 from benchmarks.trained import Length, Model, quieten
 from fairchem_scd.testing import stirred
@@ -29,7 +29,7 @@ setup_imports()
 
 
 def record(arm: str, seed: int, force: float, labels: int | None = 12, energy: float = 0.01) -> dict[str, Any]:
-    run = {"data": "Mo", "arm": arm, "seed": seed, "labels": labels, "model": {"backbone": "painn"}}
+    run = {"data": "Mo", "arm": arm, "seed": seed, "labels": labels, "model": {"backbone": "painn", "channels": 8}}
     run["length"] = {"steps": 300}
     scores = {"test": {"force_mae": force, "energy_mae": energy}, "seconds_per_step": 0.5}
     return {"suite": "few", "run": run, "scores": scores}
@@ -232,19 +232,20 @@ def test_held_out_structures_are_judged_as_the_package_does_in_either_form(form:
         val_dataset=rows,
         collater=lambda some: data_list_collater(some, otf_graph=True),
     )
-    judge, errors = judged(trainer), noise_errors(trainer)
-    right, other, none = (condition.of_structures(judge, told) for told in ("right", "other", "none"))
+    found, errors = judged(trainer), noise_errors(trainer)
+    right, other, none = (of_structures(found, told) for told in ("right", "other", "none"))
     torch.testing.assert_close(right, errors, rtol=1e-4, atol=0)
-    report = judge.report()
+    assert judge(trainer)["right"][0] == pytest.approx(float(right.mean()), abs=1e-6)
+    report = found.report()
     assert report.mse.right == pytest.approx(float(right.mean()))
     assert all((a - b).abs().max() > 1e-3 for a, b in ((right, other), (right, none), (other, none)))
     channels = 8
     assert 1 < report.dimensions < channels
     # Told its own means as "another's", a structure is told the right ones.
-    judge._others = {what: embedding for (what, _), embedding in judge._told.items()}
+    found._others = {what: embedding for (what, _), embedding in found._told.items()}
     with torch.no_grad():
-        judge.second(batch)
-    torch.testing.assert_close(condition.of_structures(judge, "other"), right, rtol=1e-4, atol=0)
+        found.second(batch)
+    torch.testing.assert_close(of_structures(found, "other"), right, rtol=1e-4, atol=0)
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -268,10 +269,10 @@ def test_arms_stand_beside_plain_training_of_the_same_labels() -> None:
     records = [record("plain", 0, 0.2), record("plain", 1, 0.1), record("plain", 0, 0.05, None)]
     records += [record("DeNS", 0, 0.1), record("DeNS", 1, 0.2)]
     lines = tables.arms_table(records).splitlines()[2:]
-    assert [line.split(" | ")[2:6] for line in lines] == [
-        ["12", "300", "plain", "2"],
-        ["12", "300", "DeNS", "2"],
-        ["155", "300", "plain", "1"],
+    assert [line.split(" | ")[2:7] for line in lines] == [
+        ["8", "12", "300", "plain", "2"],
+        ["8", "12", "300", "DeNS", "2"],
+        ["8", "155", "300", "plain", "1"],
     ]
     assert "| 150.0 ± 70.7 | +25 ± 106 % |" in lines[1]
 
