@@ -155,7 +155,10 @@ SUITES = {
         _FEW,
         budgets=((24,),),
         arms=(PLAIN, *PRETRAINED[:1]),
-        lengths=tuple(Length(300, 4, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
+        lengths=(
+            *(Length(300, 4, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+            *(Length(1000, 4, lr) for lr in (1e-3, 2e-3, 4e-3)),
+        ),
     ),
     # A step of pre-training has twice as many structures; with SCD each passes twice.
     "compute": replace(_FEW, arms=(PLAIN,), lengths=(Length(2700, 4, 2e-3), Length(5100, 4, 2e-3))),
