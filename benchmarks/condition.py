@@ -30,7 +30,7 @@ import torch
 from benchmarks import structures
 from benchmarks.common import existing_folder, use_threads
 from benchmarks.results import Results, environment
-from benchmarks.trained import Length, Model, denoiser, watch_denoising
+from benchmarks.trained import JUDGED, Length, Model, denoiser, watch_denoising
 
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {"condition": []},
@@ -41,7 +41,6 @@ FORMS: dict[str, dict[str, Any]] = {
 """Settings of `task.denoising.scd` by form: no condition, `noise.DifferenceHydra`, the package's, the authors'."""
 
 RESULTS = Path(__file__).parent / "results" / "condition.jsonl"
-_HELD_OUT = 96
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def train(run: Run, folder: Path | None) -> dict[str, Any]:
             run.model,
             run.length,
             splits.labelled(run.count, run.seed),
-            splits.held_out[:_HELD_OUT],
+            splits.held_out[:JUDGED],
             Path(work),
             scd={"std": run.std, **FORMS[run.form]},
             difference=run.form == "difference",

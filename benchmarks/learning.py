@@ -11,7 +11,8 @@ not run again, and several processes may share the file:
 Suites, which --only, --arms, --labels and --seeds narrow down:
 
 - few: few labels, from random weights and after pre-training on the structures of all training data;
-- rates: the learning rate of few, to be chosen on held-out structures;
+- molecules: the same on molecules, which have more structures and fewer atoms;
+- rates, molecule_rates: learning rate and length of these, to be chosen on held-out structures;
 - energies: as few, on oxides, whose structures are relaxed: energies alone;
 - compute: plain training from random weights for as long as pre-training and fine-tuning together;
 - heads: as few, with energy heads that start as the host has them;
@@ -98,8 +99,13 @@ STARTS: dict[str, dict[str, Any]] = {
     "plain denoising": {"scd": {"condition": [], "std": 0.04}},
     "SCD": {"scd": {"std": 0.04}},
     "difference form": {"scd": {"std": 0.04}, "difference": True},
+    "plain denoising twice as long": {"scd": {"condition": [], "std": 0.04}, "times": 2},
 }
-"""Arguments of `Pretraining`. An arm that has one is called `START, then TASK`."""
+"""Pre-trainings, each an arm called `START, then TASK`.
+
+Arguments of `Pretraining`; `times`: its steps, as a multiple of the suite's. A step of SCD passes each structure twice,
+so plain denoising twice as long is its equal in compute.
+"""
 
 PRETRAINED = tuple(f"{start}, then {PLAIN}" for start in STARTS)
 ARMS = (PLAIN, *TASKS, *PRETRAINED, "SCD, then DeNS, coefficient 100")
@@ -132,10 +138,14 @@ class Suite:
         for data, budgets, seed in product(self.data, self.budgets, seeds):
             for labels, length, arm in product(budgets, self.lengths, self.arms):
                 start, _, task = arm.rpartition(", then ")
-                before = Pretraining(length=self.before, seed=seed, **STARTS[start]) if start else None
+                before = self._pretraining(seed, **STARTS[start]) if start else None
                 denoising = TASKS.get(task, {})
                 model = replace(self.model, **_CUTOFF.get(data, {}))
                 yield Run(data, arm, labels, seed, model, length, denoising, before, self.quiet_heads)
+
+    def _pretraining(self, seed: int, *, times: int = 1, **how: Any) -> Pretraining:
+        length = replace(self.before, steps=times * self.before.steps)
+        return Pretraining(length=length, seed=seed, **how)
 
 
 _METALS = ("Mo", "Li")
@@ -149,16 +159,28 @@ _FEW = Suite(
     (Length(300, 4, 2e-3),),
     _BEFORE,
 )
+_RATES = {"budgets": ((24,),), "arms": (PLAIN, *PRETRAINED[:1])}
+_MOLECULES = replace(
+    _FEW,
+    data=("molecules",),
+    budgets=((96,), (24, 384)),
+    model=Model(radius=4.5, neighbors=60),
+    lengths=(Length(1000, 8, 2e-3),),
+    before=replace(_BEFORE, steps=2000, batch_size=32),
+)
 SUITES = {
     "few": _FEW,
+    "molecules": _MOLECULES,
     "rates": replace(
         _FEW,
-        budgets=((24,),),
-        arms=(PLAIN, *PRETRAINED[:1]),
+        **_RATES,
         lengths=(
             *(Length(300, 4, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
             *(Length(1000, 4, lr) for lr in (1e-3, 2e-3, 4e-3)),
         ),
+    ),
+    "molecule_rates": replace(
+        _MOLECULES, **_RATES, lengths=tuple(Length(n, 8, lr) for n in (1000, 3000) for lr in (1e-3, 2e-3, 4e-3))
     ),
     # A step of pre-training has twice as many structures; with SCD each passes twice.
     "compute": replace(_FEW, arms=(PLAIN,), lengths=(Length(2700, 4, 2e-3), Length(5100, 4, 2e-3))),

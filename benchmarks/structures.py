@@ -22,8 +22,12 @@ FILES = {
     "Mo": ("mlearn_Mo_train.db", "mlearn_Mo_test.db"),
     "Li": ("mlearn_Li_train.db", "mlearn_Li_test.db"),
     "oxides": ("oxides.db", None),
+    "molecules": ("molecules_train.db", "molecules_test.db"),
 }
-"""ASE databases by the name of the data: of training and of testing; None: a fifth of the first."""
+"""ASE databases by the name of the data: of training and of testing; None: a fifth of the first.
+
+Those of molecules are made by `python -m benchmarks.molecules FOLDER`.
+"""
 
 LABELLED = (*FILES, "slabs")
 """Data with energies and forces. `slabs`: metal slabs with adsorbates by ASE's effective medium theory."""
@@ -86,7 +90,15 @@ def _parted(items: list[Atoms], share: float, seed: int) -> tuple[list[Atoms], l
 
 def _read(path: Path) -> list[Atoms]:
     with ase.db.connect(str(path)) as db:
-        return [row.toatoms() for row in db.select()]
+        return [_repeated(row.toatoms()) for row in db.select()]
+
+
+def _repeated(atoms: Atoms) -> Atoms:
+    """Molecules in a cell so large that no atom meets an image of another; what has a cell, as it is."""
+    if not atoms.cell.rank:
+        atoms.center(vacuum=5.0)
+        atoms.pbc = True
+    return atoms
 
 
 def _two_atoms(rng: np.random.Generator) -> Atoms:

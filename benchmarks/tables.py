@@ -245,7 +245,7 @@ def number_of_labels(record: Record) -> int:
     return record["run"]["labels"] or ALL[record["run"]["data"]]
 
 
-ALL = {"Mo": 155, "Li": 193, "oxides": 189, "slabs": 960}
+ALL = {"Mo": 155, "Li": 193, "oxides": 189, "slabs": 960, "molecules": 2534}
 """How many training structures there are, see `structures.load`."""
 
 

@@ -23,6 +23,9 @@ from benchmarks.structures import KeptAseDB, Splits, write
 from fairchem_scd.denoising.quiet_heads import quieten as quieten_heads
 from fairchem_scd.fairchem1.backbones import adapter_for
 
+JUDGED = 96
+"""At most so many held-out structures are denoised to judge a denoiser."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -314,7 +317,7 @@ def pretrain(model: Model, how: Pretraining, splits: Splits, checkpoint: Path) -
             model,
             how.length,
             splits.train,
-            splits.held_out,
+            splits.held_out[:JUDGED],
             Path(folder),
             scd=how.scd,
             seed=how.seed,
