@@ -13,6 +13,7 @@ import ase.db
 import numpy as np
 from ase import Atoms
 from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
 from fairchem.core.common.registry import registry
 from fairchem.core.datasets.ase_datasets import AseDBDataset
 
@@ -95,9 +96,12 @@ def _read(path: Path) -> list[Atoms]:
 
 def _repeated(atoms: Atoms) -> Atoms:
     """Molecules in a cell so large that no atom meets an image of another; what has a cell, as it is."""
-    if not atoms.cell.rank:
-        atoms.center(vacuum=5.0)
-        atoms.pbc = True
+    if atoms.cell.rank:
+        return atoms
+    labels = atoms.calc.results
+    atoms.center(vacuum=5.0)
+    atoms.pbc = True
+    atoms.calc = SinglePointCalculator(atoms, energy=labels["energy"], forces=labels["forces"])
     return atoms
 
 

@@ -12,6 +12,7 @@ import ase
 import numpy as np
 import pytest
 import torch
+from ase.calculators.singlepoint import SinglePointCalculator
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import setup_imports
 from fairchem.core.datasets import data_list_collater
@@ -119,6 +120,22 @@ def test_no_structure_is_in_two_splits() -> None:
     assert len(seen) == len(set(seen)) == 2400 + 128
     one, again = (structures._two_atoms(np.random.default_rng(0)) for _ in range(2))
     assert np.array_equal(one.positions, again.positions)
+
+
+def test_molecules_stand_in_cells_too_large_to_meet_their_images_and_keep_their_labels(tmp_path: Path) -> None:
+    water = ase.Atoms("OHH", [[0, 0, 0], [0, 0.76, 0.59], [0, -0.76, 0.59]])
+    water.calc = SinglePointCalculator(water, energy=-1.5, forces=np.eye(3))
+    for part in ("train", "test"):
+        structures.write([water] * 5, tmp_path / f"molecules_{part}.db")
+    splits = structures.load("molecules", tmp_path)
+    assert [len(splits.train), len(splits.held_out), len(splits.test)] == [4, 1, 5]
+    path = structures.write(splits.test, tmp_path / "written.db")
+    for read in structures._read(Path(path)):
+        assert read.get_potential_energy() == -1.5
+        assert np.array_equal(read.get_forces(), np.eye(3))
+        assert np.allclose(read.get_all_distances(), water.get_all_distances())
+        assert read.pbc.all()
+        assert min(read.cell.lengths()) >= 10
 
 
 @pytest.mark.parametrize(("count", "steps"), [(12, 300), (155, 312)])
