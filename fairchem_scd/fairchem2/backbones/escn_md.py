@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from fairchem.core.models.uma.escn_md import Linear_Force_Head, eSCNMDBackbone
@@ -13,13 +11,13 @@ from fairchem.core.models.uma.escn_moe import eSCNMDMoeBackbone
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.adapter import Adapter, register_adapter
-from fairchem_scd.denoising.conditions import BoundModulation
-from fairchem_scd.denoising.hooks import StateOfPass, changed_inputs, changed_output, with_scalars
+from fairchem_scd.denoising.coefficients import CoefficientsAdapter
+from fairchem_scd.denoising.hooks import StateOfPass
 
 
 @register_adapter
-class ESCNMDAdapter(Adapter):
-    """Atoms have spherical-harmonic coefficients [N, (lmax + 1)², C], whose row 0 is l = 0."""
+class ESCNMDAdapter(CoefficientsAdapter, Adapter):
+    """Direct and conservative heads; what the blocks do is in `CoefficientsAdapter`."""
 
     host_class = eSCNMDBackbone
     names = ("escnmd_backbone", "eSCNMDBackbone")
@@ -51,45 +49,6 @@ class ESCNMDAdapter(Adapter):
         """
         always = self.backbone.always_use_pbc and self.backbone.radius_pbc_version != 2
         return torch.ones_like(pbc) if always else pbc
-
-    # --- the condition of SCD -----------------------------------------------------------------------------------------
-
-    @property
-    def scalar_channels(self) -> int:
-        return self.backbone.sphere_channels
-
-    def scalars(self, embedding: Any) -> Tensor:
-        return embedding["node_embedding"][:, 0]
-
-    def element_embeddings(self) -> Iterable[nn.Module]:
-        return (self.backbone.sphere_embedding,)
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.backbone.blocks
-
-    @contextmanager
-    def modulated(self, block: nn.Module, index: int, modulation: BoundModulation) -> Iterator[None]:
-        def enter(normed: Tensor) -> Tensor:
-            return with_scalars(normed, [0], partial(modulation.scalars, index))
-
-        def leave(update: Tensor) -> Tensor:
-            return with_scalars(update, [0], partial(modulation.update, index))
-
-        # Activation checkpointing is inside edge_wise, so neither hook is needed again in backward.
-        with changed_output(block.norm_1, enter), changed_output(block.edge_wise, leave):
-            yield
-
-    # --- the condition of DeNS ----------------------------------------------------------------------------------------
-
-    @property
-    def encoding_spec(self) -> dict[str, Any]:
-        backbone = self.backbone
-        return {"lmax_list": [backbone.lmax], "channels": backbone.sphere_channels, "bound": 1.0}
-
-    def encoded(self, encoding: Tensor) -> AbstractContextManager[None]:
-        # The edge-degree embedding gets the atoms' first features and adds to them.
-        return changed_inputs(self.backbone.edge_degree_embedding, lambda x, *rest: (x + encoding, *rest))
 
 
 @register_adapter
