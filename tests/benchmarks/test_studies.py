@@ -78,15 +78,20 @@ def test_settings_that_differ_have_other_names() -> None:
 def test_options_narrow_a_suite_down() -> None:
     line = ["few", "--data", ".", "--only", "Mo", "--arms", "plain", "SCD, then plain", "--labels", "24", "all"]
     runs = list(learning.chosen(learning._parse([*line, "--seeds", "3"])))
-    assert [(r.data, r.labels, r.arm, r.seed) for r in runs] == [
-        ("Mo", 24, "plain", 3),
-        ("Mo", 24, "SCD, then plain", 3),
-        ("Mo", None, "plain", 3),
-        ("Mo", None, "SCD, then plain", 3),
+    assert [(r.data, r.labels, r.length.steps, r.arm, r.seed) for r in runs] == [
+        ("Mo", labels, steps, arm, 3)
+        for labels in (24, None)
+        for steps in (300, 1000)
+        for arm in ("plain", "SCD, then plain")
     ]
     assert runs[0].pretraining is None
-    assert runs[1].pretraining == runs[3].pretraining
+    assert runs[1].pretraining == runs[-1].pretraining
     assert (runs[1].pretraining.scd, runs[1].pretraining.seed) == ({"std": 0.04}, 3)
+
+
+def test_plain_denoising_twice_as_long_passes_as_many_structures_as_scd() -> None:
+    runs = {run.arm: asdict(run) for run in learning.SUITES["molecules"].runs([0])}
+    assert tables.passed(runs["plain denoising twice as long, then plain"]) == tables.passed(runs["SCD, then plain"])
 
 
 @pytest.mark.parametrize("name", learning.SUITES)
