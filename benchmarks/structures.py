@@ -91,10 +91,10 @@ def _parted(items: list[Atoms], share: float, seed: int) -> tuple[list[Atoms], l
 
 def _read(path: Path) -> list[Atoms]:
     with ase.db.connect(str(path)) as db:
-        return [_repeated(row.toatoms()) for row in db.select()]
+        return [repeated(row.toatoms()) for row in db.select()]
 
 
-def _repeated(atoms: Atoms) -> Atoms:
+def repeated(atoms: Atoms) -> Atoms:
     """Molecules in a cell so large that no atom meets an image of another; what has a cell, as it is."""
     if atoms.cell.rank:
         return atoms

@@ -157,6 +157,7 @@ def train_labels(
     quiet_heads: bool,
     forces: bool = True,
     points: int = 5,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
     """Train energies and forces, and score them.
 
@@ -167,6 +168,7 @@ def train_labels(
         quiet_heads: let the last layer of the energy head start at zero.
         forces: train forces too, not energies alone.
         points: how often to look at the held-out structures.
+        keep: where to write the averaged weights at the end, as a checkpoint.
 
     Returns:
         What `Watch.train` returns; `held_out` and `test`, errors in eV per atom and eV/Å of the averaged weights at the
@@ -200,6 +202,8 @@ def train_labels(
         with averaged(trainer):
             scores |= {"held_out": errors(trainer, trainer.val_dataset), "test": errors(trainer, test)}
             scores["zero_test"] = errors(trainer, test, zero=True)
+            if keep is not None:
+                torch.save({"state_dict": trainer.model.state_dict(), "config": trainer.config, "ema": None}, keep)
     return scores
 
 

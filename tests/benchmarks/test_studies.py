@@ -19,7 +19,7 @@ from fairchem.core.datasets import data_list_collater
 from fairchem.core.models.base import HydraModel
 from fairchem.core.preprocessing import AtomsToGraphs
 
-from benchmarks import condition, learning, report, structures, tables
+from benchmarks import condition, learning, probes, report, structures, tables
 from benchmarks.neighbors import KeptNeighbors
 from benchmarks.noise import judge, judged, mean_of_structures, noise_errors, of_structures, told_differences
 from benchmarks.results import Results, key_of
@@ -345,3 +345,41 @@ def test_arms_of_other_studies_are_compared_with_their_first_arm_by_seed() -> No
 
     found = report.sections([], [], [], [errors("plain", 0.2), errors("DeNS", 0.3)])["fairchem2"]
     assert "| Mo | direct | 24 | 300 | DeNS | 1 | 300.0 | +50 % | 50.0 | +0 % |" in found
+
+
+# --- probes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_linear_probe_finds_what_is_linear_and_chooses_its_penalty_as_leaving_each_out_does() -> None:
+    rng = np.random.default_rng(0)
+    x, x_test = rng.standard_normal((40, 6)), rng.standard_normal((20, 6))
+    w = rng.standard_normal(6)
+    np.testing.assert_allclose(probes.ridge(x, x @ w + 3, x_test), x_test @ w + 3, atol=1e-2)
+    y = x @ w + 3 * rng.standard_normal(40)
+    errors = []
+    for penalty in probes.PENALTIES * len(x):
+        left = []
+        for i in range(len(x)):
+            others = np.arange(len(x)) != i
+            # Standardised by all, as the probe does it; the mean is of the others.
+            z = (x - x.mean(axis=0)) / x.std(axis=0)
+            augmented = np.c_[z[others], np.ones(len(x) - 1)]
+            gram = augmented.T @ augmented + np.diag([*[penalty] * 6, 0])
+            left.append(y[i] - np.r_[z[i], 1] @ np.linalg.solve(gram, augmented.T @ y[others]))
+        errors.append(np.mean(np.square(left)))
+    penalty = len(x) * probes.PENALTIES[int(np.argmin(errors))]
+    z, z_test = ((values - x.mean(axis=0)) / x.std(axis=0) for values in (x, x_test))
+    weights = np.linalg.solve(z.T @ z + penalty * np.eye(6), z.T @ (y - y.mean()))
+    np.testing.assert_allclose(probes.ridge(x, y, x_test), z_test @ weights + y.mean(), rtol=1e-6)
+
+
+def test_probes_score_by_the_variance_left_over_and_by_wrong_classes() -> None:
+    x = np.array([[0.0], [1.0], [10.0], [11.0]])
+    classes = np.array(["a", "a", "b", "b"])
+    x_test, test = np.array([[2.0], [9.0], [9.5]]), np.array(["a", "b", "a"])
+    mean_alone = np.array([1.0, -1.0, 1.0])
+    scores = probes.probe(x, x_test, {"group": (classes, test), "number": (x[:, 0], x_test[:, 0])})
+    assert scores["group"] == pytest.approx(1 / 3, abs=1e-5)
+    assert scores["number"] < 1e-3
+    unknowable = probes.probe(np.zeros((4, 1)), np.zeros((3, 1)), {"number": (classes == "a", mean_alone)})
+    assert unknowable["number"] == pytest.approx(1.0)

@@ -1,0 +1,227 @@
+"""What frozen embeddings hold: linear and nearest-neighbour probes of features and of SCD's c.
+
+The backbones are those that `benchmarks.learning` pre-trained, one for each seed, beside two that are made here: with
+random weights, and trained on all labels for as many steps as pre-training had. A probe sees the features pooled over a
+structure's atoms, or c, and no gradient reaches the backbone: ridge regression for energy per atom, volume per atom and
+the HOMO-LUMO gap, and the class of the nearest structure for the group of a metal's structure. Probes are fitted to the
+training structures and scored on the test file. Runs end with one line each in the results file:
+
+    python -m benchmarks.probes --data FOLDER --learning RESULTS --only Mo --seeds 0 1 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ase.db
+import numpy as np
+import torch
+from ase import Atoms
+
+from benchmarks import learning, structures
+from benchmarks.common import existing_folder, use_threads
+from benchmarks.results import Results, environment, key_of
+from benchmarks.structures import KeptAseDB, Splits
+from benchmarks.trained import Length, Model, Pretraining, denoiser, train_labels
+from fairchem_scd.commands.embed.embeddings import embed
+
+RESULTS = Path(__file__).parent / "results" / "probes.jsonl"
+SUITES = {"Mo": "few", "Li": "few", "molecules": "molecules"}
+"""Where `benchmarks.learning` has the data's model and pre-training."""
+UNTRAINED, SUPERVISED = "random weights", "energy and forces, all labels"
+PENALTIES = np.logspace(-4, 4, 17)
+"""Of ridge regression on standardised features, times the number of structures."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that decides a run's result; `start` is one of `learning.STARTS`, `UNTRAINED` or `SUPERVISED`."""
+
+    data: str
+    arm: str
+    seed: int
+    model: Model
+    pretraining: Pretraining | None
+
+
+def runs(only: list[str], seeds: list[int]) -> Iterator[Run]:
+    """All runs, in an order that gives whole comparisons early."""
+    for data in only:
+        for seed in seeds:
+            of_suite = {run.arm: run for run in learning.SUITES[SUITES[data]].runs([seed]) if run.data == data}
+            model = next(iter(of_suite.values())).model
+            for arm in (UNTRAINED, SUPERVISED):
+                yield Run(data, arm, seed, model, None)
+            for arm in learning.STARTS:
+                yield Run(data, arm, seed, model, of_suite[f"{arm}, then {learning.PLAIN}"].pretraining)
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+def ridge(x: np.ndarray, y: np.ndarray, x_test: np.ndarray) -> np.ndarray:
+    """Predictions [T] of ridge regression fitted to features [B, C] and values [B], with its penalty by leave-one-out.
+
+    Features are standardised, and the mean of the values is fitted too.
+    """
+    mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-12
+    z, offset = (x - mean) / scale, y.mean()
+    u, s, vt = np.linalg.svd(z, full_matrices=False)
+    best = (np.inf, np.zeros(z.shape[1]))
+    for penalty in PENALTIES * len(z):
+        shrunk = s**2 / (s**2 + penalty)
+        residual = (y - offset) - u @ (shrunk * (u.T @ (y - offset)))
+        # The error of each left out follows from its own weight in the fit; the mean takes 1/B of it.
+        left_out = residual / (1 - np.einsum("bi,i,bi->b", u, shrunk, u) - 1 / len(z))
+        error = float(np.mean(left_out**2))
+        if error < best[0]:
+            best = (error, vt.T @ (s / (s**2 + penalty) * (u.T @ (y - offset))))
+    return (x_test - mean) / scale @ best[1] + offset
+
+
+def nearest(x: np.ndarray, classes: np.ndarray, x_test: np.ndarray) -> np.ndarray:
+    """The class [T] of the nearest of B structures, by the distance between standardised features."""
+    mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-12
+    one, other = (x_test - mean) / scale, (x - mean) / scale
+    return classes[np.linalg.norm(one[:, None] - other[None], axis=-1).argmin(axis=1)]
+
+
+def probe(x: np.ndarray, x_test: np.ndarray, targets: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Scores of probes of features [B, C] on others [T, C].
+
+    Returns:
+        For numbers the share of their variance on the test structures that is left over, 1 where the training mean does
+        as well (more where it does better); for classes the share of structures put into a wrong one.
+    """
+    scores = {}
+    for name, (known, test) in targets.items():
+        if known.dtype.kind == "U":
+            wrong = nearest(x, known, x_test) != test
+            scores[name] = float(wrong.mean())
+        else:
+            left = ridge(x, known, x_test) - test
+            scores[name] = float(np.mean(left**2) / np.mean((test - known.mean()) ** 2))
+    return {name: round(score, 5) for name, score in scores.items()}
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def load(name: str, folder: Path) -> tuple[list[Atoms], list[Atoms], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """All structures for training and for testing, and what probes are to find of both.
+
+    Energies per atom are those beyond a sum over elements fitted to the training structures.
+    """
+    parts, found = [], []
+    for file in structures.FILES[name]:
+        with ase.db.connect(str(folder / file)) as db:
+            rows = list(db.select())
+        atoms = [structures.repeated(row.toatoms()) for row in rows]
+        parts.append(atoms)
+        said = {"energy": np.array([a.get_potential_energy() / len(a) for a in atoms])}
+        if name == "molecules":
+            said["gap"] = np.array([row.data["gap"] for row in rows])
+        else:
+            said["volume"] = np.array([a.get_volume() / len(a) for a in atoms])
+            said["group"] = np.array([row.key_value_pairs["group"] for row in rows])
+        found.append(said)
+    shares = [np.stack([np.bincount(a.numbers, minlength=100) / len(a) for a in atoms]) for atoms in parts]
+    of_elements = np.linalg.lstsq(shares[0], found[0]["energy"], rcond=None)[0]
+    for said, share in zip(found, shares, strict=True):
+        said["energy"] -= share @ of_elements
+    return parts[0], parts[1], {name: (found[0][name], found[1][name]) for name in found[0]}
+
+
+# --- backbones --------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_of(run: Run, learned: Results, folder: Path, splits: Splits, kept: Path) -> Path | None:
+    """The checkpoint of a run's backbone; None: `benchmarks.learning` has not pre-trained it yet."""
+    if run.pretraining is not None:
+        settings = {"data": run.data, "model": asdict(run.model), "pretraining": asdict(run.pretraining)}
+        path = learned.path.with_suffix(".checkpoints") / f"{key_of(settings)}.pt"
+        return path if path.exists() else None
+    if run.arm == UNTRAINED:
+        nothing = Length(1, 4, 1e-3)
+        trainer = denoiser(run.model, nothing, splits.train[:8], splits.held_out[:8], folder, scd={}, seed=run.seed)
+        return Path(trainer.save(checkpoint_file="untrained.pt", training_state=False))
+    before = learning.SUITES[SUITES[run.data]].before
+    length = Length(before.steps, before.batch_size, before.lr)
+    train_labels(
+        run.model,
+        length,
+        splits,
+        splits.train,
+        seed=run.seed,
+        denoising={},
+        start=None,
+        quiet_heads=True,
+        points=1,
+        keep=kept,
+    )
+    return kept
+
+
+def train(run: Run, learned: Results, folder: Path) -> dict[str, Any] | None:
+    """The scores of a run's probes: of the features, and of c where SCD has made one. None: nothing to probe yet."""
+    known, test, targets = load(run.data, folder)
+    with tempfile.TemporaryDirectory() as work:
+        scratch = Path(work)
+        checkpoint = checkpoint_of(run, learned, scratch, structures.load(run.data, folder), scratch / "supervised.pt")
+        if checkpoint is None:
+            return None
+        made = []
+        for part, atoms in (("train", known), ("test", test)):
+            rows = KeptAseDB(
+                {"src": structures.write(atoms, scratch / f"{part}_probed.db"), "a2g_args": {"r_energy": True}}
+            )
+            made.append(embed(checkpoint, rows, batch_size=32, device="cpu"))
+    scores = {"features": probe(made[0].features, made[1].features, targets)}
+    if run.arm == "SCD":
+        scores["c"] = probe(made[0].condition, made[1].condition, targets)
+    return scores
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = _parse(arguments)
+    use_threads(options.threads)
+    torch.set_flush_denormal(True)
+    logging.getLogger().setLevel(logging.ERROR)
+    results, learned, here = Results(options.results), Results(options.learning), environment()
+    for run in runs(options.only, options.seeds):
+        with results.claimed(asdict(run)) as mine:
+            scores = train(run, learned, options.data) if mine else None
+            if scores is None:
+                continue
+            results.append({"run": asdict(run), "scores": scores, **here})
+            print(f"{run.data}, {run.arm}, seed {run.seed}: {scores}", flush=True)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    summary, _, epilog = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.probes",
+        description=summary,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", type=existing_folder, required=True, metavar="FOLDER", help="folder of the ASE databases")
+    add("--only", nargs="+", choices=SUITES, default=["Mo", "molecules"], metavar="DATA", help="these data alone")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    add("--learning", type=Path, default=learning.RESULTS, metavar="FILE", help="results with checkpoints beside them")
+    add("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines, one a finished run; appended to")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: OMP_NUM_THREADS, else all cores)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
