@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.condition_tables import ladder_table, pretrained_table, pretrainings, probes_table
 from benchmarks.figures import draw_curves, draw_labels, draw_ladder
 from benchmarks.results import Results
 from benchmarks.tables import (
@@ -21,7 +22,6 @@ from benchmarks.tables import (
     budgets,
     compute_table,
     fairchem2_table,
-    ladder_table,
     properties_table,
     saved_table,
     trained,
@@ -38,10 +38,12 @@ def sections(
     condition: list[Record],
     properties: Sequence[Record] = (),
     fairchem2: Sequence[Record] = (),
+    probes: Sequence[Record] = (),
 ) -> dict[str, str]:
     """The markdown of each section by the name of its marks; empty where there is nothing to compare yet."""
     gaps, second = ([r for r in records if "arm" in r["run"]] for records in (properties, fairchem2))
-    few, long = trained(learning, "few", "energies"), trained(learning, "long")
+    few, long = trained(learning, "few", "energies", "molecules"), trained(learning, "long")
+    before = pretrainings(learning)
     several = widest(few) if budgets(widest(few)) > 1 else []
     longer = trained(learning, "compute")
     shared = {(r["run"]["data"], r["run"]["labels"]) for r in longer}
@@ -60,6 +62,8 @@ def sections(
         "long": (long, LONG, lambda: arms_table(long)),
         "tune": (trained(learning, "tune"), TUNE, lambda: arms_table(trained(learning, "tune"), split="held_out")),
         "condition": (condition, CONDITION, lambda: ladder_table(condition)),
+        "pretraining": (before, PRETRAINING, lambda: pretrained_table(before)),
+        "probes": (list(probes), PROBES, lambda: probes_table(list(probes))),
         "properties": (gaps, PROPERTIES, lambda: properties_table(gaps)),
         "fairchem2": (second, FAIRCHEM2, lambda: fairchem2_table(second)),
     }
@@ -67,12 +71,13 @@ def sections(
 
 
 def compared(records: list[Record]) -> bool:
-    """Whether there are two sides: two arms, or two forms of the condition, on the same data with the same seed."""
+    """Whether there are two sides: two arms, forms of the condition or pre-trainings, on equal data, of equal seed."""
     sides: dict[tuple[str, int], set[str]] = {}
     for record in records:
         run = record["run"]
-        if "arm" in run or "form" in run:
-            sides.setdefault((run["data"], run["seed"]), set()).add(run.get("arm") or run["form"])
+        before = run.get("pretraining") or {}
+        side = run.get("arm") or run.get("form") or repr(before)
+        sides.setdefault((run["data"], run.get("seed", before.get("seed"))), set()).add(side)
     return any(len(of) > 1 for of in sides.values())
 
 
@@ -131,6 +136,19 @@ clean structure and the noisy one.
 """
 
 
+PRETRAINING = """\
+## What the condition carried in pre-training on real structures
+
+The pre-trainings of "Few labels" above, judged on held-out structures of their data as in the section before. Each is
+compared with plain denoising of equally many steps, which costs half.
+"""
+PROBES = """\
+## What frozen embeddings hold
+
+Ridge regression and nearest neighbours on frozen embeddings, fitted to the training structures and scored on the test
+file: the features pooled over a structure's atoms, and SCD's c. "% left" is the share of the variance that is left
+over, 100 where the embedding is worth no more than the mean; energies are per atom, beyond a sum over elements.
+"""
 PROPERTIES = """\
 ## A scalar property: HOMO-LUMO gaps
 
@@ -160,10 +178,9 @@ def fill(page: str, contents: dict[str, str]) -> str:
 
 
 def stored(folder: Path) -> list[list[Record]]:
-    """The lines of the files of results: of learning, of the condition, of properties, of fairchem 2.x."""
-    return [
-        Results(folder / f"{name}.jsonl").records() for name in ("learning", "condition", "properties", "fairchem2")
-    ]
+    """The lines of the files of results: of learning, the condition, properties, fairchem 2.x, and probes."""
+    names = ("learning", "condition", "properties", "fairchem2", "probes")
+    return [Results(folder / f"{name}.jsonl").records() for name in names]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -178,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     figures = options.page.parent / "figures"
     with style.printed():
         for draw, records, name in (
-            (draw_labels, widest(trained(learning, "few", "energies")), "few_labels"),
+            (draw_labels, widest(trained(learning, "few", "energies", "molecules")), "few_labels"),
             (draw_curves, trained(learning, "long"), "beside_labels"),
             (draw_ladder, condition, "condition"),
         ):

@@ -9,10 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
-
-from fairchem_scd.denoising.condition_report import Gain
-
 FIRST = "plain"
 """The arm that others are compared with."""
 
@@ -247,37 +243,3 @@ def number_of_labels(record: Record) -> int:
 
 ALL = {"Mo": 155, "Li": 193, "oxides": 189, "slabs": 960, "molecules": 2534}
 """How many training structures there are, see `structures.load`."""
-
-
-# --- the condition ----------------------------------------------------------------------------------------------------
-
-
-def ladder_table(records: list[Record]) -> str:
-    """Noise errors at the end of each run, and what the condition explains."""
-    plain = {_but_form(r): r for r in records if r["run"]["form"] == "plain"}
-    rows = []
-    for record in sorted(records, key=lambda r: (r["run"]["data"], r["run"]["model"]["channels"], r["run"]["seed"])):
-        run, last = record["run"], record["scores"]["curve"][-1]
-        cells = [_with_error(last.get(told)) for told in ("right", "other", "none")]
-        beside = plain.get(_but_form(record))
-        ratio = ""
-        if beside is not None and run["form"] != "plain":
-            ratio = ratio_of(record["scores"]["structures"]["right"], beside["scores"]["structures"]["none"])
-        head = [run["data"], str(run["model"]["channels"]), str(record["scores"]["steps"]), str(run["seed"])]
-        rows.append([*head, run["form"], *cells, ratio, f"{last['dimensions']:.1f}" if "dimensions" in last else ""])
-    heads = ["data", "channels", "steps", "seed", "told", "right", "another's", "none", "right / plain denoising"]
-    return table([*heads, "dimensions"], rows)
-
-
-def ratio_of(errors: Sequence[float], others: Sequence[float]) -> str:
-    """Ratio of the means of paired errors, with its standard error over structures."""
-    gain = Gain.of(torch.tensor(errors), torch.tensor(others))
-    return f"{1 - gain.value:.3f} ± {gain.error:.3f}"
-
-
-def _with_error(pair: Sequence[float] | None) -> str:
-    return "" if pair is None else f"{pair[0]:.4f} ± {pair[1]:.4f}"
-
-
-def _but_form(record: Record) -> str:
-    return repr(sorted((key, repr(value)) for key, value in record["run"].items() if key != "form"))

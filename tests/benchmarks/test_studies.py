@@ -19,7 +19,7 @@ from fairchem.core.datasets import data_list_collater
 from fairchem.core.models.base import HydraModel
 from fairchem.core.preprocessing import AtomsToGraphs
 
-from benchmarks import condition, learning, probes, report, structures, tables
+from benchmarks import condition, condition_tables, learning, probes, report, structures, tables
 from benchmarks.neighbors import KeptNeighbors
 from benchmarks.noise import judge, judged, mean_of_structures, noise_errors, of_structures, told_differences
 from benchmarks.results import Results, key_of
@@ -300,8 +300,8 @@ def test_arms_stand_beside_plain_training_of_the_same_labels() -> None:
 
 
 def test_a_ratio_of_paired_errors_has_no_error_where_they_are_proportional() -> None:
-    assert tables.ratio_of([0.5, 1.0, 2.0], [1.0, 2.0, 4.0]) == "0.500 ± 0.000"
-    assert tables.ratio_of([1.0, 3.0], [2.0, 2.0]) == "1.000 ± 0.500"
+    assert condition_tables.ratio_of([0.5, 1.0, 2.0], [1.0, 2.0, 4.0]) == "0.500 ± 0.000"
+    assert condition_tables.ratio_of([1.0, 3.0], [2.0, 2.0]) == "1.000 ± 0.500"
 
 
 def test_a_section_waits_for_both_sides_of_its_comparison() -> None:

@@ -1,0 +1,114 @@
+"""Tables of docs/evidence.md about the condition and the embeddings, of the lines of the files of results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from benchmarks.tables import Record, by_seed, channels, spread, table
+from fairchem_scd.denoising.condition_report import Gain
+
+
+def ladder_table(records: list[Record]) -> str:
+    """Noise errors at the end of each run, and what the condition explains."""
+    plain = {_but_form(r): r for r in records if r["run"]["form"] == "plain"}
+    rows = []
+    for record in sorted(records, key=lambda r: (r["run"]["data"], r["run"]["model"]["channels"], r["run"]["seed"])):
+        run, last = record["run"], record["scores"]["curve"][-1]
+        cells = [_with_error(last.get(told)) for told in ("right", "other", "none")]
+        beside = plain.get(_but_form(record))
+        ratio = ""
+        if beside is not None and run["form"] != "plain":
+            ratio = ratio_of(record["scores"]["structures"]["right"], beside["scores"]["structures"]["none"])
+        head = [run["data"], str(run["model"]["channels"]), str(record["scores"]["steps"]), str(run["seed"])]
+        rows.append([*head, run["form"], *cells, ratio, f"{last['dimensions']:.1f}" if "dimensions" in last else ""])
+    heads = ["data", "channels", "steps", "seed", "told", "right", "another's", "none", "right / plain denoising"]
+    return table([*heads, "dimensions"], rows)
+
+
+def pretrained_table(records: list[Record]) -> str:
+    """What the condition carried in the pre-trainings of `benchmarks.learning`, beside plain denoising of equal steps.
+
+    Args:
+        records: lines of pre-trainings, see `pretrainings`.
+    """
+    plain = {_start(r): r for r in records if _told(r) == "plain"}
+    rows = []
+    for record in sorted(records, key=lambda r: (*_start(r), _told(r))):
+        beside = plain.get(_start(record))
+        if _told(record) == "plain" or beside is None:
+            continue
+        data, channels_, steps, seed = _start(record)
+        last, errors = record["scores"]["curve"][-1], record["scores"]["structures"]
+        difference, its_error = last["other_minus_right"]
+        rows.append(
+            [
+                *(data, str(channels_), str(steps), str(seed), _told(record)),
+                *(_with_error(last[told]) for told in ("right", "other", "none")),
+                f"{difference / its_error:.1f}",
+                _with_error(beside["scores"]["curve"][-1]["none"]),
+                ratio_of(errors["right"], beside["scores"]["structures"]["none"]),
+                f"{last['dimensions']:.1f}",
+            ]
+        )
+    heads = [
+        "data",
+        "channels",
+        "steps",
+        "seed",
+        "told",
+        "right",
+        "another's",
+        "none",
+        "(another's − right) / its error",
+    ]
+    return table([*heads, "plain denoising", "right / plain denoising", "dimensions"], rows)
+
+
+def pretrainings(records: Iterable[Record]) -> list[Record]:
+    """The lines of pre-trainings that were judged, among the results of `benchmarks.learning`."""
+    return [r for r in records if "arm" not in r["run"] and "structures" in r["scores"]]
+
+
+def _start(record: Record) -> tuple[str, int, int, int]:
+    run = record["run"]
+    return run["data"], channels(record), run["pretraining"]["length"]["steps"], run["pretraining"]["seed"]
+
+
+def _told(record: Record) -> str:
+    before = record["run"]["pretraining"]
+    if before["scd"].get("condition") == []:
+        return "plain"
+    return "difference" if before["difference"] else "embedding"
+
+
+def probes_table(records: list[Record]) -> str:
+    """Scores of probes of frozen embeddings, means over seeds."""
+    groups = by_seed(records, lambda r: (r["run"]["data"], r["run"]["arm"]))
+    names = [
+        name for name in ("energy", "volume", "gap", "group") if any(name in r["scores"]["features"] for r in records)
+    ]
+    rows = []
+    for (data, arm), seeds in sorted(groups.items(), key=lambda group: group[0][0]):
+        for what in ("features", "c"):
+            scores = [record["scores"][what] for record in seeds.values() if what in record["scores"]]
+            if scores:
+                cells = [spread([100 * score[name] for score in scores if name in score]) for name in names]
+                rows.append([data, arm, what, str(len(scores)), *cells])
+    units = {"group": "group, % wrong"}
+    return table(["data", "backbone", "probed", "seeds", *(units.get(n, f"{n}, % left") for n in names)], rows)
+
+
+def ratio_of(errors: Sequence[float], others: Sequence[float]) -> str:
+    """Ratio of the means of paired errors, with its standard error over structures."""
+    gain = Gain.of(torch.tensor(errors), torch.tensor(others))
+    return f"{1 - gain.value:.3f} ± {gain.error:.3f}"
+
+
+def _with_error(pair: Sequence[float] | None) -> str:
+    return "" if pair is None else f"{pair[0]:.4f} ± {pair[1]:.4f}"
+
+
+def _but_form(record: Record) -> str:
+    return repr(sorted((key, repr(value)) for key, value in record["run"].items() if key != "form"))
