@@ -140,15 +140,17 @@ class Suite:
         for data, budgets, seed in product(self.data, self.budgets, seeds):
             for labels, length, arm in product(budgets, self.lengths, self.arms):
                 start, _, task = arm.rpartition(", then ")
-                before = self._pretraining(seed, **STARTS[start]) if start else None
+                before = self.pretraining(seed, start) if start else None
                 if start:
                     length = replace(length, lr=self.tuned.get(length.steps, length.lr))
                 denoising = TASKS.get(task, {})
                 model = replace(self.model, **_CUTOFF.get(data, {}))
                 yield Run(data, arm, labels, seed, model, length, denoising, before, self.quiet_heads)
 
-    def _pretraining(self, seed: int, *, times: int = 1, **how: Any) -> Pretraining:
-        length = replace(self.before, steps=times * self.before.steps)
+    def pretraining(self, seed: int, start: str) -> Pretraining:
+        """The pre-training of one of `STARTS`."""
+        how = dict(STARTS[start])
+        length = replace(self.before, steps=how.pop("times", 1) * self.before.steps)
         return Pretraining(length=length, seed=seed, **how)
 
 

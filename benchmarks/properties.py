@@ -1,10 +1,11 @@
 """What pre-training buys for a scalar property: HOMO-LUMO gaps of molecules, with and without it.
 
 PaiNN or EquiformerV2 learns the gap of frames of molecular dynamics from few labels: from random weights, and from
-weights pre-trained on the structures of all training frames, by plain denoising and by SCD; with noisy nodes beside the
-property, as SCD's paper fine-tunes, and without. The data are made by `python -m benchmarks.molecules FOLDER`.
+weights pre-trained on the structures of all training frames; with noisy nodes beside the property, as SCD's paper
+fine-tunes, and without. The data are made by `python -m benchmarks.molecules FOLDER`. PaiNN starts from the
+pre-trainings of the suite `molecules` of `benchmarks.learning`.
 
-    python -m benchmarks.properties --data FOLDER --seeds 0 1 2
+    python -m benchmarks.properties --data FOLDER --learning RESULTS --seeds 0 1 2
 
 Runs end with one line each in the results file; a run that is in there is not run again.
 """
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from benchmarks import learning, structures
 from benchmarks.common import DENOISING, PLAIN, existing_folder, make_trainer, use_threads
 from benchmarks.neighbors import KeptNeighbors
 from benchmarks.results import Results, environment
@@ -33,12 +36,17 @@ from benchmarks.structures import KeptAseDB, Splits, write
 from benchmarks.trained import Length, Model, Pretraining, Watch, averaged, quieten, start_of
 
 RESULTS = Path(__file__).parent / "results" / "properties.jsonl"
-STARTS: dict[str, dict[str, Any]] = {"plain denoising": {"condition": [], "std": 0.04}, "SCD": {"std": 0.04}}
 NOISY_NODES = {"noisy_nodes": {}}
-SMALL = {"layers": 2, "channels": 32, "radius": 4.5, "neighbors": 60}
-BACKBONES = {"painn": Model(**SMALL), "equiformer_v2": Model("equiformer_v2", **SMALL)}
-LENGTH = Length(600, 8, 2e-3)
-BEFORE = Length(1500, 16, 2e-3, weight_decay=0.01, clip=1.0)
+BACKBONES = {
+    "painn": learning.SUITES["molecules"],
+    "equiformer_v2": replace(
+        learning.SUITES["molecules"],
+        model=Model("equiformer_v2", layers=2, channels=32, radius=4.5, neighbors=60),
+        before=Length(1500, 16, 1e-3, weight_decay=0.01, clip=1.0),
+    ),
+}
+"""Model and pre-training."""
+LENGTH = Length(1000, 8, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -62,36 +70,28 @@ class Run:
     data: str = "gaps"
 
 
-def runs(backbone: str, budgets: Sequence[int], seeds: Sequence[int]) -> Iterator[Run]:
+def runs(backbone: str, budgets: Sequence[int], seeds: Sequence[int], rates: Sequence[float]) -> Iterator[Run]:
     """All runs, in an order that gives whole comparisons early."""
-    model = BACKBONES[backbone]
-    length, before = (LENGTH, BEFORE) if backbone == "painn" else (replace(LENGTH, lr=1e-3), replace(BEFORE, lr=1e-3))
-    for labels in budgets:
-        for seed in seeds:
-            for start in (None, *STARTS):
-                for noisy in (False, True):
-                    arm = ("scratch" if start is None else start) + (", noisy nodes" if noisy else "")
-                    pretraining = Pretraining(STARTS[start], before, seed) if start else None
-                    yield Run(arm, labels, seed, model, length, noisy, pretraining)
+    suite = BACKBONES[backbone]
+    for labels, seed, lr in product(budgets, seeds, rates):
+        length = replace(LENGTH, lr=lr)
+        for noisy, start in product((False, True), (None, *learning.STARTS)):
+            arm = ("scratch" if start is None else start) + (", noisy nodes" if noisy else "")
+            yield Run(arm, labels, seed, suite.model, length, noisy, suite.pretraining(seed, start) if start else None)
 
 
 @cache
 def load(folder: Path) -> Splits:
-    """Frames with the gap [eV] in the place of the energy, each in a large cell; a tenth of training is held out."""
-    parts = {name: _read(folder / f"molecules_{name}.db") for name in ("train", "test")}
-    order = np.random.default_rng(0).permutation(len(parts["train"]))
-    tenth = len(order) // 10
-    held_out, train = ([parts["train"][i] for i in rows] for rows in (order[:tenth], order[tenth:]))
-    return Splits(train, held_out, parts["test"])
+    """The splits of `structures.load("molecules", folder)`, with the gap [eV] in the place of the energy."""
+    known, test = (_read(folder / f"molecules_{name}.db") for name in ("train", "test"))
+    return structures.split(known, test)
 
 
 def _read(path: Path) -> list[Atoms]:
     found = []
     with ase.db.connect(str(path)) as rows:
         for row in rows.select():
-            atoms = row.toatoms()
-            atoms.center(vacuum=5.0)
-            atoms.pbc = True  # as the host reads it, in a cell so large that no atom meets an image of another
+            atoms = structures.repeated(row.toatoms())
             atoms.calc = SinglePointCalculator(atoms, energy=row.data["gap"])
             found.append(atoms)
     return found
@@ -162,19 +162,27 @@ def main(arguments: list[str] | None = None) -> None:
     add("--backbone", choices=BACKBONES, default="painn", help="default: painn")
     add("--labels", nargs="+", type=int, default=[64, 256], metavar="N", help="default: 64 256")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    add("--lr", nargs="+", type=float, default=[LENGTH.lr], metavar="RATE", help="learning rates")
+    add("--arms", nargs="+", metavar="ARM", help="these arms alone, by their names")
+    add("--learning", type=Path, default=learning.RESULTS, metavar="FILE", help="results with checkpoints beside them")
     add("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines, one a finished run; appended to")
     add("--threads", type=int, metavar="N", help="CPU threads (default: OMP_NUM_THREADS, else all cores)")
     options = parser.parse_args(arguments)
     use_threads(options.threads)
     torch.set_flush_denormal(True)  # radial bases make many numbers too small to count, and slow
     logging.getLogger().setLevel(logging.ERROR)
-    results, here, splits = Results(options.results), environment(), load(options.data)
-    for run in runs(options.backbone, options.labels, options.seeds):
+    results, learned, here = Results(options.results), Results(options.learning), environment()
+    splits = load(options.data)
+    for run in runs(options.backbone, options.labels, options.seeds, options.lr):
+        if options.arms and run.arm not in options.arms:
+            continue
         with results.claimed(asdict(run)) as mine:
             if mine:
-                scores = train(run, splits, start_of(run, splits, results, here))
+                start = start_of(replace(run, data="molecules"), splits, learned, here, suite="molecules")
+                scores = train(run, splits, start)
                 results.append({"run": asdict(run), "scores": scores, **here})
-                print(f"{run.labels} labels, {run.arm}, seed {run.seed}: {scores['test']:.3f} eV", flush=True)
+                found = f"{scores['held_out']:.3f} eV held out, {scores['test']:.3f} eV on the test frames"
+                print(f"{run.labels} labels, {run.arm}, lr {run.length.lr}, seed {run.seed}: {found}", flush=True)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,12 @@ def load(name: str, folder: Path | None) -> Splits:
         train, test = ([_MAKERS[name](rng) for _ in range(count)] for count in (2400, 128))
     else:
         raise ValueError(f"unknown data {name!r}; known: {', '.join((*LABELLED, *UNLABELLED))}")
-    held_out, train = _parted(train, 0.2, seed=0)
+    return split(train, test)
+
+
+def split(known: list[Atoms], test: list[Atoms]) -> Splits:
+    """The splits of structures that may be trained on, of which a fifth is held out, and others for the last look."""
+    held_out, train = _parted(known, 0.2, seed=0)
     return Splits(train, held_out, test)
 
 

@@ -124,7 +124,13 @@ def properties_table(records: list[Record]) -> str:
     """Errors of HOMO-LUMO gaps of each arm, and their change against training from random weights by seed."""
     return errors_table(
         records,
-        {"backbone": lambda r: r["run"]["model"]["backbone"], "labels": lambda r: r["run"]["labels"]},
+        {
+            "backbone": lambda r: r["run"]["model"]["backbone"],
+            "channels": channels,
+            "labels": lambda r: r["run"]["labels"],
+            "steps": lambda r: r["run"]["length"]["steps"],
+            "learning rate": lambda r: r["run"]["length"]["lr"],
+        },
         {"gap MAE, eV": lambda r: r["scores"]["test"]},
         first="scratch",
         digits=2,

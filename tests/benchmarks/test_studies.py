@@ -333,11 +333,15 @@ def test_the_page_says_what_the_results_say() -> None:
 
 def test_arms_of_other_studies_are_compared_with_their_first_arm_by_seed() -> None:
     def gap(arm: str, seed: int, error: float) -> dict[str, Any]:
-        run = {"data": "gaps", "arm": arm, "labels": 64, "seed": seed, "model": {"backbone": "painn"}}
+        run = {"data": "gaps", "arm": arm, "labels": 64, "seed": seed, "model": {"backbone": "painn", "channels": 8}}
+        run["length"] = {"steps": 600, "lr": 0.002}
         return {"run": run, "scores": {"test": error}}
 
     gaps = [gap("scratch", 0, 1.0), gap("scratch", 1, 2.0), gap("SCD", 0, 0.5), gap("SCD", 1, 1.0)]
-    assert "| painn | 64 | SCD | 2 | 0.75 ± 0.35 | -50 ± 0 % |" in report.sections([], [], gaps)["properties"]
+    assert (
+        "| painn | 8 | 64 | 600 | 0.002 | SCD | 2 | 0.75 ± 0.35 | -50 ± 0 % |"
+        in report.sections([], [], gaps)["properties"]
+    )
 
     def errors(arm: str, force: float) -> dict[str, Any]:
         run = {"data": "Mo", "forces": "direct", "arm": arm, "labels": 24, "seed": 0, "size": {"steps": 300}}
