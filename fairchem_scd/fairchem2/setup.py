@@ -74,8 +74,9 @@ def prepare(job: Any, model: nn.Module, host_tasks: Sequence[Task], block: Any, 
     trained = filter_inference_only_tasks(host_tasks)
     plain = OmegaConf.to_container(block, resolve=True) if OmegaConf.is_config(block) else block
     tasks, settings = build_tasks(plain, supervised=bool(trained))
-    if tasks:
+    if tasks or settings.quiet_heads:
         refusals.check_host()
+    if tasks:
         refusals.check_run(job, host)
         refusals.check_settings(settings, tasks)
         refusals.check_model(model)
