@@ -53,7 +53,7 @@ class JudgedValidation:
     def first(self, data: AtomicData) -> None:
         """Run the clean pass and the noisy one that is told the right embedding.
 
-        It comes before the host's own step, which may write other positions into the batch.
+        It comes before the host's own step, which writes into the batch.
         """
         self._batches += 1
         self.judge.first(data.to(self.device))

@@ -132,16 +132,17 @@ def test_a_map_of_some_of_the_training_data_is_drawn(trained, tmp_path):
 def test_the_judge_finds_what_the_last_validation_found(supervised, tmp_path):
     write(tmp_path, "train", crystals(6))
     write(tmp_path, "val", STRUCTURES)
+    sets = ("first", "second")
     block, how = {"scd": {}}, {"tasks": [], "model": model_config(heads={})}
     if supervised:  # the forces that the noisy pass is told have a name for each data set
         block = {"scd": {"judge_condition": True, "condition": ["self", "forces"]}}
-        how = dict(zip(("model", "tasks"), mixture("ab", direct=True), strict=True))
+        how = dict(zip(("model", "tasks"), mixture(sets, direct=True), strict=True))
     config = run_config(tmp_path, denoising=block, steps=3, ema_decay=0.5, **how)
     if supervised:
-        for name in "ab":
+        for name, structures in zip(sets, (STRUCTURES, crystals(2, seed=90)), strict=True):
             write(tmp_path / name, "train", crystals(6))
-            write(tmp_path / name, "val", STRUCTURES if name == "a" else crystals(2, seed=90))
-        config = of_several_data_sets(config, tmp_path, "ab")
+            write(tmp_path / name, "val", structures)
+        config = of_several_data_sets(config, tmp_path, sets)
     finished = run(config, "judged")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     out = tmp_path / "val.npz"

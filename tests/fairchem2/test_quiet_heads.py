@@ -33,7 +33,7 @@ HEADS = {
 
 
 def single_head():
-    model, tasks = mixture("ab", direct=True)
+    model, _ = mixture("ab", direct=True)
     for head in model["heads"].values():
         head["module"] = f"{UMA}.escn_moe.DatasetSpecificSingleHeadWrapper"
         head["dataset_names"] = sorted(head.pop("dataset_mapping"))

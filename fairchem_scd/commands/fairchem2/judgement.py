@@ -59,7 +59,7 @@ def judge(
     model.output_heads = nn.ModuleDict()
     device = device_of(device)
     model.to(device)
-    found = judge_of(model, task, stored.tasks)
+    found = judge_of(model, task, ())  # `_batch` calls forces by that name
     size = len(dataset) if limit is None else min(limit, len(dataset))
     sweeps = (("told the right embedding", found.first), ("told others, and none", found.second))
     for what, run in sweeps:

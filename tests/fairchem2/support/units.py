@@ -69,7 +69,7 @@ def validate(unit: MLIPTrainEvalUnit, batches: Sequence[AtomicData], **how: Any)
 
 
 class Loader:
-    """A loader that gives copies of batches.
+    """A loader that gives copies of batches, and that draws a random number when it starts, as torch's do.
 
     Attributes:
         given: how many it has given.
@@ -84,6 +84,7 @@ class Loader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[AtomicData]:
+        torch.randint(9, ())
         for batch in self.batches:
             self.given += 1
             yield copy.deepcopy(batch)
