@@ -84,6 +84,7 @@ class ConditionJudge:
         call: the model's.
         gather: over the ranks.
         structures: a batch as tasks see it.
+        names: of a batch's structures, which tell them apart and key their noise.
 
     Attributes:
         scores: of this rank's structures that have noise, in the order in which they came.
@@ -99,8 +100,10 @@ class ConditionJudge:
         call: Call,
         gather: Gather = on_one_rank,
         structures: Callable[[Any], Structures] = structures_of,
+        names: Callable[[Any], list[str]] = identities,
     ) -> None:
-        self.model, self.task, self.call, self.gather, self.structures = model, task, call, gather, structures
+        self.model, self.task, self.call, self.gather = model, task, call, gather
+        self.structures, self.names = structures, names
         if model.denoising[task.name].condition is None:
             raise ConfigError(f"{key_of(task.name)}: nothing to judge: its passes are told no embedding")
         self.scores: dict[Key, Score] = {}
@@ -128,7 +131,7 @@ class ConditionJudge:
         """
         embedded, made = noisy.conditioned.tolist(), embedding.float().cpu()
         zero = structure_errors(torch.zeros_like(noise), corruption, self._scale)
-        keys = keys_of(batch)
+        keys = keys_of(batch, self.names)
         for i, key in enumerate(keys):
             components = int(zero.components[i])
             if components:
@@ -150,7 +153,7 @@ class ConditionJudge:
         if not self._others:
             return
         corruption, passes = self._drawn(batch)
-        keys = keys_of(batch)
+        keys = keys_of(batch, self.names)
         # What structures without an embedding are given is not read.
         unread = next(iter(self._others.values()))
         given = torch.stack([self._others.get(what, unread) for what, _ in keys])
@@ -166,9 +169,10 @@ class ConditionJudge:
         merged: dict[Key, Score] = {}
         for scores in reversed(self.gather(self.scores)):
             merged.update(scores)
-        scores = [score for _, score in sorted(merged.items())]
+        # Where a host ends both sweeps early, a loader that shuffles may have read a structure in one of them alone.
+        scores = [score for _, score in sorted(merged.items()) if self._others and len(score.absolute) == len(_TOLD)]
         judged = [score for score in scores if score.embedded]
-        if not self._others or len(judged) < 2:
+        if len(judged) < 2:
             return None
         components = sum(score.components for score in scores)
         absolute = {told: sum(score.absolute[told] for score in scores) / components for told in _TOLD}
@@ -259,8 +263,8 @@ def partners(keys: Iterable[Key]) -> dict[str, Key]:
     return {what: first[whats[i - 1]] for i, what in enumerate(whats)} if len(whats) > 1 else {}
 
 
-def keys_of(batch: Any) -> list[Key]:
-    """The key of each structure of a collated batch."""
+def keys_of(batch: Any, names: Callable[[Any], list[str]] = identities) -> list[Key]:
+    """The key of each structure of a collated batch, whose structures are called so."""
     sizes = torch.as_tensor(batch.natoms).view(-1).tolist()
     parts = [values.detach().cpu().split(sizes) for values in (batch.atomic_numbers.long(), batch.pos)]
     cell = getattr(batch, "cell", None)
@@ -269,7 +273,7 @@ def keys_of(batch: Any) -> list[Key]:
         hashlib.blake2b(b"".join(part.numpy().tobytes() for part in of), digest_size=12).hexdigest()
         for of in zip(*parts, strict=True)
     )
-    return list(zip(whats, identities(batch), strict=True))
+    return list(zip(whats, names(batch), strict=True))
 
 
 def noisy_pass(passes: tuple[Pass, ...]) -> Pass:

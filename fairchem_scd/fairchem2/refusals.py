@@ -38,6 +38,7 @@ _SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
     MLIPTrainEvalUnit.save_state: ("self", "checkpoint_location"),
     MLIPTrainEvalUnit._execute_load_state: ("self", "checkpoint_location"),
     MLIPEvalUnit.eval_step: ("self", "state", "data"),
+    mlip_unit.initialize_finetuning_model: ("checkpoint_location", "overrides", "heads", "strict"),
     mlip_unit.compute_loss: ("tasks", "predictions", "batch"),
     DDPMTLoss.forward: ("self", "input", "target", "mult_mask", "natoms"),
     DDPMTLoss.per_structure: ("self", "input", "mult_mask", "num_samples", "loss", "natoms"),
@@ -112,7 +113,6 @@ def check_settings(settings: Denoising, tasks: Mapping[str, DenoisingTask]) -> N
     absent = {
         key_of("drop_path"): settings.drop_path is not None and "the host's backbones have no drop path",
         key_of("drop_path_per"): settings.drop_path_per is not None and "the host's backbones have no drop path",
-        key_of("quiet_heads"): settings.quiet_heads and "new heads start as the host makes them",
         key_of("repeat_cells"): settings.repeat_cells is not None and "make larger cells when you write the data",
         key_of("restart"): settings.restart
         and "to count steps from zero, start from an inference checkpoint by initialize_finetuning_model",
@@ -120,8 +120,6 @@ def check_settings(settings: Denoising, tasks: Mapping[str, DenoisingTask]) -> N
     for name, task in tasks.items():
         for key in task.subset_settings:
             absent[key_of(name, key)] = "parts of a structure have no charge and spin of their own"
-        if getattr(task.settings, "judge_condition", None):
-            absent[key_of(name, "judge_condition")] = "validation does not measure what the condition is worth"
         if getattr(task.settings, "null_condition", "identity") == "mask_token":
             absent[key_of(name, "null_condition")] = "with mask_token checkpoints would not be plain; use identity"
     for key, reason in absent.items():
@@ -131,6 +129,16 @@ def check_settings(settings: Denoising, tasks: Mapping[str, DenoisingTask]) -> N
 
 def check_model(model: nn.Module) -> None:
     """Raise ConfigError for a model that denoising passes cannot run on."""
+    check_backbone(model)
+    if not model.backbone.otf_graph:
+        raise ConfigError(
+            f"{UNIT}.model.backbone.otf_graph is false: a corrupted structure needs a graph of its own, not the "
+            "data's; set otf_graph to true"
+        )
+
+
+def check_backbone(model: nn.Module) -> None:
+    """Raise ConfigError for a model whose backbone and heads have no adapter."""
     backbone = getattr(model, "backbone", None)
     if backbone is None or not hasattr(model, "output_heads"):
         raise ConfigError(
@@ -148,11 +156,6 @@ def check_model(model: nn.Module) -> None:
         adapter_for(backbone)
     except ConfigError as error:
         raise ConfigError(str(error).replace("model.backbone", f"{UNIT}.model.backbone", 1)) from None
-    if not backbone.otf_graph:
-        raise ConfigError(
-            f"{UNIT}.model.backbone.otf_graph is false: a corrupted structure needs a graph of its own, not the "
-            "data's; set otf_graph to true"
-        )
 
 
 def check_tasks(tasks: Mapping[str, DenoisingTask], trained: Iterable[Task]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from fairchem_scd.denoising.config_keys import block_called, key_of
 from fairchem_scd.denoising.parse_settings import Denoising
 from fairchem_scd.denoising.passes import frozen_in_pretraining
+from fairchem_scd.denoising.quiet_heads import quieten
 from fairchem_scd.denoising.tasks import DenoisingTask, build_tasks
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem2 import refusals
@@ -40,10 +42,23 @@ class Setup:
     settings: Denoising
     self_supervised: bool
 
+    @property
+    def validated_task(self) -> DenoisingTask:
+        """The task whose noise validation predicts, in pre-training."""
+        return next(task for task in self.tasks.values() if task.settings.prob)
+
+    @property
+    def judged_task(self) -> DenoisingTask | None:
+        """The task whose condition validation judges; None: it judges none."""
+        tasks = (self.validated_task,) if self.self_supervised else self.tasks.values()
+        return next((task for task in tasks if task.judges_condition), None)
+
 
 @block_called(KEY)
 def prepare(job: Any, model: nn.Module, host_tasks: Sequence[Task], block: Any, host: Mapping[str, Any]) -> Setup:
     """Read the denoising block and, if it turns on any task, check the run and convert the model.
+
+    New heads may start quietly: see `_quieten_heads`.
 
     Args:
         job: the config's `job`.
@@ -59,8 +74,9 @@ def prepare(job: Any, model: nn.Module, host_tasks: Sequence[Task], block: Any, 
     trained = filter_inference_only_tasks(host_tasks)
     plain = OmegaConf.to_container(block, resolve=True) if OmegaConf.is_config(block) else block
     tasks, settings = build_tasks(plain, supervised=bool(trained))
-    if tasks:
+    if tasks or settings.quiet_heads:
         refusals.check_host()
+    if tasks:
         refusals.check_run(job, host)
         refusals.check_settings(settings, tasks)
         refusals.check_model(model)
@@ -73,7 +89,46 @@ def prepare(job: Any, model: nn.Module, host_tasks: Sequence[Task], block: Any, 
         if not trained:
             for parameter in frozen_in_pretraining(model):
                 parameter.requires_grad_(False)
+    if trained:
+        _quieten_heads(model, settings.quiet_heads, denoises=bool(tasks))
     return Setup(tasks, settings, self_supervised=not trained)
+
+
+def without_tasks(settings: Denoising) -> str:
+    """What a block means that turns on no task, for a warning."""
+    plain, quiet = "this trains as the host's unit would", "no step denoises, but new heads start quietly"
+    return f"{KEY} turns on no task: {quiet if settings.quiet_heads else plain}"
+
+
+def _quieten_heads(model: nn.Module, asked: bool | None, *, denoises: bool) -> None:
+    """Let new heads start quietly, in place, before the host makes its moving average of the weights.
+
+    The state of a run that goes on is loaded later, with its own heads. The host's `initialize_finetuning_model` leaves
+    a config on every model that it makes, and its argument `heads` where it built new heads of that. Where it got none,
+    the heads are the checkpoint's and stay as they are.
+
+    Args:
+        model: the host's, as the config builds it.
+        asked: the setting `quiet_heads`; None: in fine-tuning, if a task is on.
+        denoises: a task is on.
+
+    Raises:
+        ConfigError: it was asked for, and there is no head whose last layer is known.
+    """
+    fine_tunes = hasattr(model, "finetune_model_full_config")
+    if not (asked or (asked is None and fine_tunes and denoises)):
+        return
+    if fine_tunes and getattr(model, "heads", None) is None:
+        return
+    refusals.check_backbone(model)
+    quiet = quieten(model.output_heads, adapter_for(model.backbone), readout=False)
+    if quiet:
+        logging.info("heads that start quietly, with a last layer of zeros: %s", ", ".join(quiet))
+    elif asked:
+        raise ConfigError(
+            f"{key_of('quiet_heads')}: none of {refusals.UNIT}.model.heads is a new one of scalars whose last layer is "
+            f"known: {', '.join(model.output_heads)}; leave quiet_heads out"
+        )
 
 
 def _check_every_step_denoises(tasks: Mapping[str, DenoisingTask]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fairchem_scd.denoising.corruption import Corruption
 from fairchem_scd.denoising.loss import noise_in_angstrom, noise_target
-from fairchem_scd.denoising.plan import NOISE, Objective, Plan
+from fairchem_scd.denoising.plan import EMBEDDING, NOISE, Objective, Plan
 from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.fairchem2.metrics import Measured
 
@@ -42,6 +42,7 @@ class DenoisingStep(Step):
         objective: what to train. Its scale is known: see "The unit of the noise" in denoising/loss.py.
         device: the model's.
         noise: [N, 3] predicted, in units of the objective's scale; set by the forward.
+        embedding: [B, C] that the noisy pass was conditioned on; set by the forward, where the plan returns it.
     """
 
     task: DenoisingTask
@@ -50,6 +51,7 @@ class DenoisingStep(Step):
     objective: Objective
     device: torch.device
     noise: Tensor | None = None
+    embedding: Tensor | None = None
 
     @property
     def noise_for_forces(self) -> bool:
@@ -87,7 +89,7 @@ class DenoisingStep(Step):
 
         Where it is a term of its own, prediction and target are put where the host's loss looks for those of a task.
         """
-        self.noise = out.pop(NOISE).float()
+        self.noise, self.embedding = out.pop(NOISE).float(), out.pop(EMBEDDING, None)
         if not self.noise_for_forces:
             out[NOISE_TASK] = {"forces": self.noise}
             data[NOISE_TASK] = self.noise_target

@@ -18,6 +18,7 @@ from fairchem.core.units.mlip_unit.mlip_unit import MLIPEvalUnit, MLIPTrainEvalU
 from torch import nn
 from torchtnt.framework import State
 
+from fairchem_scd.denoising.condition_report import ConditionReport
 from fairchem_scd.denoising.config_keys import block_called
 from fairchem_scd.denoising.plan import VALIDATION, Plan
 from fairchem_scd.denoising.random import stream
@@ -26,10 +27,11 @@ from fairchem_scd.fairchem2 import checkpoint, rows
 from fairchem_scd.fairchem2.batch import structures_of
 from fairchem_scd.fairchem2.data_faults import DataFaults
 from fairchem_scd.fairchem2.finite import FiniteGradients
+from fairchem_scd.fairchem2.judging import JudgedValidation
 from fairchem_scd.fairchem2.loss import tasks_of
 from fairchem_scd.fairchem2.metrics import LoggerWith, Measured, prefixed
 from fairchem_scd.fairchem2.model import unwrapped, with_plan
-from fairchem_scd.fairchem2.setup import KEY, prepare
+from fairchem_scd.fairchem2.setup import KEY, prepare, without_tasks
 from fairchem_scd.fairchem2.step import DenoisingStep, Step
 
 
@@ -47,6 +49,7 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
 
     Attributes:
         setup: what the block asks for.
+        condition_report: what the latest validation says of SCD's condition; None: it was not judged.
 
     Raises:
         ConfigError: the run cannot be trained as written; the message names the key and what would be right.
@@ -65,13 +68,15 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
         setup = prepare(job_config, model, tasks, denoising, host)
         super().__init__(job_config, model, optimizer_fn, cosine_lr_scheduler_fn, tasks, **host)
         self.setup = setup
+        self.condition_report: ConditionReport | None = None
         if not setup.tasks:
-            logging.warning("%s turns on no task: this trains as the host's unit would", KEY)
+            logging.warning(without_tasks(setup.settings))
             return
         self.draw_task = TaskDraw(setup.tasks, job_config.seed)
         self._faults = DataFaults(skip=setup.settings.on_bad_data == "skip")
         self._finite = FiniteGradients(self.optimizer)
         self._printed, self._validated = Measured(), Measured()  # since the last line on the console; in validation
+        self._judged: JudgedValidation | None = None
 
     # --- before the first step ------------------------------------------------------------------------------------
 
@@ -147,7 +152,7 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
             if number != VALIDATION:
                 running.update(corruption.noise[corruption.mask], distutils.all_reduce)
             objective = replace(objective, scale=running.scale)
-        plan = Plan(task.name, passes).to(device)
+        plan = Plan(task.name, passes, returns_embedding=number == VALIDATION).to(device)
         return DenoisingStep(task=task, corruption=corruption, plan=plan, objective=objective, device=device)
 
     def _seed(self, number: int, what: str) -> None:
@@ -160,6 +165,9 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
         if self.setup.tasks:
             self._finite.report()
             self._faults.report(torch.device(get_device_for_local_rank()))
+        if self.condition_report is not None and distutils.is_master():
+            report = self.condition_report
+            logging.info("%s\n%s", report.sentence(supervised=not self.setup.self_supervised), report.numbers())
 
     # --- validation -----------------------------------------------------------------------------------------------
 
@@ -167,20 +175,33 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
         super().on_eval_epoch_start(state)
         if self.setup.tasks:
             self._seed(self.train_progress.num_steps_completed, "validation")
+            task, validated = self.setup.judged_task, self.eval_unit
+            self._judged = task and JudgedValidation(unwrapped(validated.model), task, self.tasks, tf32=validated.tf32)
 
     def eval_step(self, state: State, data: AtomicData) -> None:
         """As the host's. In pre-training there is nothing else to judge by, so the noise of validation is predicted."""
-        if self.setup.tasks:
-            with block_called(KEY):
-                self._faults.note(data)
-        if not (self.setup.tasks and self.setup.self_supervised):
+        if not self.setup.tasks:
             super().eval_step(state, data)
             return
-        judge = next(task for task in self.setup.tasks.values() if task.settings.prob)
-        step = self._corrupted(data, judge, VALIDATION)
+        with block_called(KEY):
+            self._faults.note(data)
+            if self.setup.self_supervised:
+                self._predict_noise(state, data)
+                return
+            if self._judged is not None:
+                self._judged.first(data)
+        super().eval_step(state, data)
+
+    def _predict_noise(self, state: State, data: AtomicData) -> None:
+        """A step of validation in pre-training."""
+        step = self._corrupted(data, self.setup.validated_task, VALIDATION)
         with _in_step(self.eval_unit, step, data, self.eval_unit.model):
             super().eval_step(state, data)
+        noise = step.corruption.noise.to(step.device)
+        step.measured.add_errors("denoising_pos_mae_zero", noise.abs(), step.moved)
         self._validated.update(step.measured)
+        if self._judged is not None:
+            self._judged.note(data, step)
 
     @block_called(KEY)
     def on_eval_epoch_end(self, state: State) -> None:
@@ -189,13 +210,18 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
             # `fairchem-scd plot` reads this line: the host's own, which follow, do not say when they are from.
             logging.info("Validation after %d steps", self.train_progress.num_steps_completed)
         super().on_eval_epoch_end(state)
-        if not (self.setup.tasks and self.setup.self_supervised):
-            return
-        means, self._validated = self._validated.means_of_all_ranks(), Measured()
-        values = prefixed("val", means)
-        logging.info(values)
-        if self.logger is not None:
-            self.logger.log(values, commit=False)
+        found: dict[str, float] = {}
+        if self.setup.tasks and self.setup.self_supervised:
+            found, self._validated = self._validated.means_of_all_ranks(), Measured()
+        if self.setup.tasks and self._judged is not None:
+            judged, self._judged = self._judged, None
+            self.condition_report = judged.report(state.eval_state.dataloader)
+            found |= {} if self.condition_report is None else self.condition_report.metrics()
+        if found:
+            values = prefixed("val", found)
+            logging.info(values)
+            if self.logger is not None:
+                self.logger.log(values, commit=False)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -236,6 +236,29 @@ def test_a_structure_that_comes_twice_counts_once():
     assert twice.gain.error == pytest.approx(once.gain.error, rel=1e-4)
 
 
+def test_a_structure_that_one_sweep_alone_came_to_does_not_count():
+    model = toy()
+    batches = parts(clusters(SIZES), [3, 2, 2])
+    judge = ConditionJudge(model, model.denoising_tasks["scd"], model)
+    with torch.no_grad():
+        for batch in batches[:2]:
+            judge.first(copy.deepcopy(batch))
+        judge.pair()
+        for batch in batches[1:]:
+            judge.second(copy.deepcopy(batch))
+    report = judge.report()
+    assert report.structures == 2
+    found = [judge.scores[key] for key in keys_of(batches[1])]
+    for told in TOLD:
+        assert getattr(report.mse, told) == pytest.approx(sum(score.mse[told] for score in found) / 2)
+
+
+def test_what_the_caller_calls_a_structure_is_its_name():
+    batch = clusters((4, 4))
+    assert [name for _, name in keys_of(batch, lambda batch: ["a", "b"])] == ["a", "b"]
+    assert [what for what, _ in keys_of(batch, lambda batch: ["a", "b"])] == [what for what, _ in keys_of(batch)]
+
+
 def test_nobody_is_its_own_partner_nor_a_copys():
     keys = [("b", "1"), ("a", "2"), ("b", "0"), ("c", "3")]
     assert partners(keys) == {"a": ("c", "3"), "b": ("a", "2"), "c": ("b", "0")}

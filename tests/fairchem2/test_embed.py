@@ -14,7 +14,17 @@ from fairchem.core.units.mlip_unit.utils import load_inference_model
 from fairchem_scd.commands.fairchem2 import checkpoints
 from fairchem_scd.commands.fairchem2.embeddings import embed, load_split
 from tests.fairchem2.command_line import fairchem_scd
-from tests.fairchem2.support import batch_of, cluster, crystals, run, run_config, write
+from tests.fairchem2.support import (
+    batch_of,
+    cluster,
+    crystals,
+    mixture,
+    model_config,
+    of_several_data_sets,
+    run,
+    run_config,
+    write,
+)
 
 STRUCTURES = crystals(5, seed=50)
 
@@ -116,6 +126,48 @@ def test_a_map_of_some_of_the_training_data_is_drawn(trained, tmp_path):
     fairchem_scd("embed", finished.checkpoint(), config, out, "--split", "train", "--limit", 4, "--plot", plot)
     assert len(np.load(out)["natoms"]) == 4
     assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_the_judge_finds_what_the_last_validation_found(supervised, tmp_path):
+    write(tmp_path, "train", crystals(6))
+    write(tmp_path, "val", STRUCTURES)
+    sets = ("first", "second")
+    block, how = {"scd": {}}, {"tasks": [], "model": model_config(heads={})}
+    if supervised:  # the forces that the noisy pass is told have a name for each data set
+        block = {"scd": {"judge_condition": True, "condition": ["self", "forces"]}}
+        how = dict(zip(("model", "tasks"), mixture(sets, direct=True), strict=True))
+    config = run_config(tmp_path, denoising=block, steps=3, ema_decay=0.5, **how)
+    if supervised:
+        for name, structures in zip(sets, (STRUCTURES, crystals(2, seed=90)), strict=True):
+            write(tmp_path / name, "train", crystals(6))
+            write(tmp_path / name, "val", structures)
+        config = of_several_data_sets(config, tmp_path, sets)
+    finished = run(config, "judged")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    out = tmp_path / "val.npz"
+    result = fairchem_scd("embed", finished.checkpoint(), tmp_path / "config.yaml", out, "--judge", "--batch-size", 3)
+    report = finished.unit.condition_report
+    assert report.structures == (7 if supervised else 5)
+    assert report.sentence(supervised=supervised) in result.output
+    assert f"Noise error of {report.structures} structures" in result.output
+    found = json.loads(str(np.load(out)["about"]))["judged"]
+    assert found.pop("structures") == report.structures
+    assert found == pytest.approx(report.metrics(), rel=1e-4, abs=1e-6)
+    assert found["denoising_pos_mae"] != found["denoising_pos_mae_other"]
+
+
+def test_what_cannot_be_judged_ends_in_one_message_before_anything_is_written(trained, tmp_path):
+    finished, config = trained
+    folder, out = finished.checkpoint(), tmp_path / "out.npz"
+    for path, words, message in (
+        (folder / "inference_ckpt.pt", (), "name the folder that the inference checkpoint lies in"),
+        (folder, ("--limit", 1), "no two different structures"),
+    ):
+        result = fairchem_scd("embed", path, config, out, "--judge", *words, code=1)
+        assert message in result.output
+        assert result.output.count("Error: ") == 1
+        assert not out.exists()
 
 
 def test_what_cannot_be_embedded_is_said_in_one_line(trained, tmp_path):

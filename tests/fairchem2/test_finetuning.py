@@ -55,18 +55,27 @@ def finetuned(folder, released, denoising, name):
     return run(run_config(folder, model=model, tasks=tasks_config(stress=True), denoising=denoising, steps=3), name)
 
 
-@pytest.mark.parametrize("block", [{"scd": {"prob": 0.7}}, {"dens": {"prob": 0.7}}], ids=["scd", "dens"])
+BLOCKS = [{"scd": {"prob": 0.7}}, {"dens": {"prob": 0.7}, "quiet_heads": True}]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["scd", "dens"])
 def test_a_checkpoint_of_umas_shape_is_fine_tuned_conservatively_with_denoising(folder, released, block):
-    (task,) = block
+    task = next(iter(block))
     tuned = finetuned(folder, released, block, task)
     start = torch.load(released, weights_only=False).model_state_dict
     first = tuned.state("step_0")["model"]
     backbone = [key for key in start if key.startswith("backbone.")]
     assert all(torch.equal(start[key], first[key]) for key in backbone)
+    last = "output_heads.efs.energy_block.4.weight"
+    assert not first[last].any(), "new heads start quietly"
+    assert not tuned.state("step_0")["ema"][f"module.{last}"].any()
+    assert not tuned.inference("step_0").model_state_dict[last].any()
+    assert tuned.state("step_2")["model"][last].any()
     assert 0 < len(tuned.logged("train/denoising_pos_mae")) <= 3
     resumed = run(tuned.checkpoint("step_2") / "resume.yaml", f"{task}-resumed")
     ends = [inner(each.unit).state_dict() for each in (tuned, resumed)]
     assert differences(*map(dict, ends)) == []
+    assert differences(tuned.state(), resumed.state()) == []
     config = tuned.inference().model_config
     assert list(config["heads"]) == ["efs"]
     assert config["backbone"]["direct_forces"] is False

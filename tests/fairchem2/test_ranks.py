@@ -15,15 +15,18 @@ from fairchem.core.common import distutils
 from fairchem.core.datasets.atomic_data import atomicdata_list_to_batch
 
 from fairchem_scd.errors import DataError
+from fairchem_scd.fairchem2.model import unwrapped
 from tests.fairchem2.support import (
     batch_of,
     crystals,
     inner,
     model_config,
     plain_state,
+    stirred,
     tasks_config,
     train_on,
     unit_of,
+    validate,
 )
 
 SGD = partial(torch.optim.SGD, lr=0.05)
@@ -38,6 +41,21 @@ def batches(rank):
     if rank == 1:
         made[1].fixed[:] = 1
     return made
+
+
+def judged(data):
+    """What is logged of a validation on batches: in pre-training, and beside labels."""
+    alone = {"tasks": [], "model": model_config(heads={})}
+    found = []
+    for block, how in (({}, alone), ({"judge_condition": True}, {"model": model_config(**CONSERVATIVE)})):
+        unit = unit_of({"scd": block}, **how)
+        model = stirred(unwrapped(unit.eval_unit.model))
+        with torch.no_grad():  # so that it listens
+            for parameter in model.denoising["scd"].parameters():
+                parameter *= 8
+        logged = validate(unit, data)
+        found.append({name: value for name, value in logged.items() if "condition" in name or "pos_mae" in name})
+    return found
 
 
 def weights(unit):
@@ -63,6 +81,9 @@ def _on_rank(rank, folder):
     found["pre-training"] = weights(pretraining)
     noise = pretraining._corrupted(batches(0)[0], pretraining.draw_task(0), 5).corruption.noise
     found["noise"] = {"same batch": noise}
+    structures = crystals(5)  # the host's sampler fills up the last rank's share with one that the first has, too
+    shares = ([structures[:2], structures[2:3]], [structures[3:], structures[:1]])
+    found["judged"] = judged([batch_of(share) for share in shares[rank]])
     before, bad = plain_state(unit)["model"], batches(rank)[:1]
     bad[0].bad_data = ["mo.train, row 7: broken" if rank == 1 else ""] * len(bad[0].natoms)
     try:
@@ -103,6 +124,14 @@ def test_all_kinds_of_steps_follow_each_other_and_ranks_stay_equal(ranks):
     for key in (*BLOCKS, "kinds", "pre-training", "noise"):
         assert ranks[0][key].keys() == ranks[1][key].keys()
         assert all(torch.equal(value, ranks[1][key][name]) for name, value in ranks[0][key].items()), key
+
+
+def test_two_ranks_judge_a_condition_as_one_does(ranks):
+    for kind, expected in enumerate(judged([batch_of(crystals(5))])):
+        assert len(expected) == 9
+        assert len({value for name, value in expected.items() if "pos_mae" in name}) == 4
+        assert ranks[0]["judged"][kind] == ranks[1]["judged"][kind]
+        assert ranks[0]["judged"][kind] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_a_bad_row_on_one_rank_ends_all_before_it_changes_the_weights(ranks):

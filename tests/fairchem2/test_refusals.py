@@ -14,9 +14,10 @@ from fairchem.core.units.mlip_unit.mlip_unit import MLIPTrainEvalUnit
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem2 import refusals
 from fairchem_scd.fairchem2.unit import DenoisingTrainEvalUnit
-from tests.fairchem2.support import batch_of, cluster, crystals, model_config, task, train_on, unit_of
+from tests.fairchem2.support import UMA, batch_of, cluster, crystals, model_config, task, train_on, unit_of
 
 KEY = "runner.train_eval_unit"
+FORCES_ALONE = model_config(heads={"forces": {"module": f"{UMA}.escn_md.Linear_Force_Head"}})
 OTHER_LOSS = {"_target_": "fairchem.core.modules.loss.L2NormLoss"}
 
 CASES = {
@@ -63,11 +64,16 @@ CASES = {
     "drop path": ({"scd": {}, "drop_path": {}}, {}, f"{KEY}.denoising.drop_path: only on fairchem 1.x"),
     "repeated cells": ({"scd": {}, "repeat_cells": {}}, {}, f"{KEY}.denoising.repeat_cells: only on fairchem 1.x"),
     "drop path for each atom": ({"scd": {}, "drop_path_per": "atom"}, {}, f"{KEY}.denoising.drop_path_per: only on"),
-    "quiet heads": ({"scd": {}, "quiet_heads": True}, {}, f"{KEY}.denoising.quiet_heads: only on fairchem 1.x"),
-    "a judged condition": (
-        {"scd": {"judge_condition": True}},
+    "a condition to judge where there is none": (
+        {"scd": {"judge_condition": True, "condition": []}},
         {},
-        f"{KEY}.denoising.scd.judge_condition: only on fairchem 1.x",
+        f"{KEY}.denoising.scd: judge_condition: of the embedding, but condition does not name 'self'",
+    ),
+    "quiet heads where no head has scalars": (
+        {"noisy_nodes": {}, "quiet_heads": True},
+        {"model": FORCES_ALONE, "tasks": [task("forces")]},
+        f"{KEY}.denoising.quiet_heads: none of {KEY}.model.heads is a new one of scalars whose last layer is known: "
+        "forces; leave",
     ),
     "restart": ({"scd": {}, "restart": True}, {}, f"{KEY}.denoising.restart: only on fairchem 1.x"),
     "pre-training with ordinary steps": (

@@ -154,8 +154,6 @@ def _embed(
     from fairchem_scd.errors import ConfigError
     from fairchem_scd.host import installed_major
 
-    if judged and installed_major() == 2:
-        raise ConfigError("--judge: with fairchem 1.x alone")
     opened = _opened_2(checkpoint, config, split) if installed_major() == 2 else _opened_1(checkpoint, config, split)
     embed, source, dataset, default_size = opened
     size = len(dataset) if limit is None else min(limit, len(dataset))
@@ -169,8 +167,10 @@ def _embed(
     about: dict[str, Any] = {"checkpoint": checkpoint, "config": config, "split": split}
     said = ""
     if judged:
-        from fairchem_scd.commands.embed.judgement import judge
-
+        if installed_major() == 2:
+            from fairchem_scd.commands.fairchem2.judgement import judge
+        else:
+            from fairchem_scd.commands.embed.judgement import judge
         where = {key: options[key] for key in ("weights", "device")}
         report, supervised = judge(source, dataset, **sizes, **where)
         about["judged"] = {"structures": report.structures, **report.metrics()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import hydra
@@ -33,7 +34,7 @@ class Stored:
         weights: raw, by the names of a DenoisingHydra or of the host's hydra.
         average: the moving average of them; None where the run kept none.
         denoising: the denoising block of the run; None where it had none, or the checkpoint does not say.
-        supervised: the run trained outputs.
+        tasks: name and property of the host's tasks that the run trained; none in pre-training.
         plain: it is an inference checkpoint, which holds nothing of the denoising.
     """
 
@@ -41,8 +42,13 @@ class Stored:
     weights: dict[str, torch.Tensor]
     average: dict[str, torch.Tensor] | None
     denoising: dict[str, Any] | None
-    supervised: bool
+    tasks: tuple[SimpleNamespace, ...]
     plain: bool
+
+    @property
+    def supervised(self) -> bool:
+        """The run trained outputs."""
+        return bool(self.tasks)
 
 
 def read(path: str | Path) -> Stored:
@@ -75,7 +81,7 @@ def read(path: str | Path) -> Stored:
         weights=stored.model_state_dict,
         average=_average(stored.ema_state_dict),
         denoising=None,
-        supervised=bool(stored.tasks_config),
+        tasks=_trained(stored.tasks_config),
         plain=True,
     )
 
@@ -97,7 +103,7 @@ def _training(folder: Path) -> Stored:
         weights=state["model"],
         average=_average(state.get("ema")),
         denoising=_container(unit.denoising) if unit.get("denoising") is not None else None,
-        supervised=bool(unit.tasks),
+        tasks=_trained(unit.tasks),
         plain=False,
     )
 
@@ -128,6 +134,11 @@ def build(stored: Stored, weights: Weights | None = None) -> nn.Module:
 
 def _container(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+def _trained(tasks: Any) -> tuple[SimpleNamespace, ...]:
+    found = [task for task in _container(tasks) or () if not task.get("inference_only")]
+    return tuple(SimpleNamespace(name=task["name"], property=task["property"]) for task in found)
 
 
 def _average(stored: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:

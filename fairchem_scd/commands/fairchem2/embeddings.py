@@ -113,7 +113,7 @@ def embed(
 
     records: list[dict[str, Any]] = []
     with tqdm(total=size, desc="embedding", unit=" structures", disable=not progress) as bar:
-        for rows in _batches(dataset, size, batch_size):
+        for rows in batches_of(dataset, size, batch_size):
             for row, scalars, c in _embedded(model, rows, conditioned, len(records)):
                 made = vectors(scalars, c, kind, pool, per_atom)
                 records.append({"sid": len(records), **_described(row, per_atom), **made})
@@ -137,7 +137,8 @@ def _conditioned(model: DenoisingHydra, kind: Kind, stored: checkpoints.Stored) 
     return has and kind != "features"
 
 
-def _batches(dataset: Any, size: int, batch_size: int) -> Iterator[list[AtomicData]]:
+def batches_of(dataset: Any, size: int, batch_size: int) -> Iterator[list[AtomicData]]:
+    """The first `size` rows of a dataset of the host, so many at a time. DataError: one cannot be read."""
     for start in range(0, size, batch_size):
         yield [_row(dataset, index) for index in range(start, min(start + batch_size, size))]
 

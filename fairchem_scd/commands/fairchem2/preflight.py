@@ -27,7 +27,7 @@ from fairchem_scd.commands.fairchem2.config_file import UNIT, read_config
 from fairchem_scd.denoising.config_keys import block_called
 from fairchem_scd.denoising.tasks import build_tasks
 from fairchem_scd.errors import ConfigError, DataError, first_line
-from fairchem_scd.fairchem2.setup import KEY
+from fairchem_scd.fairchem2.setup import KEY, without_tasks
 from fairchem_scd.fairchem2.unit import DenoisingTrainEvalUnit
 
 
@@ -83,12 +83,12 @@ def _check_settings(config: DictConfig, report: Report) -> None:
             f"{'.'.join(UNIT)}._target_: '{target}' is not this package's, so nothing is denoised; it is {OURS} in a "
             "config that `fairchem-scd add` writes"
         )
-    tasks, _ = build_tasks(unit.get("denoising"), supervised=bool(unit.get("tasks")))
+    tasks, settings = build_tasks(unit.get("denoising"), supervised=bool(unit.get("tasks")))
     shares = {name: task.settings.prob for name, task in tasks.items()}
     shares["ordinary"] = max(0.0, 1 - sum(shares.values()))
     report.say("steps", ", ".join(f"{100 * share:.3g} % {name}" for name, share in shares.items() if share > 1e-9))
     if not tasks:
-        report.caution(f"{KEY} turns on no task: this trains as the host's unit would")
+        report.caution(without_tasks(settings))
 
 
 def _check_device(config: DictConfig, report: Report) -> None:

@@ -6,8 +6,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from fairchem.core.models.uma.escn_md import Linear_Force_Head, eSCNMDBackbone
-from fairchem.core.models.uma.escn_moe import eSCNMDMoeBackbone
+from fairchem.core.models.uma.escn_md import (
+    Linear_Energy_Head,
+    Linear_Force_Head,
+    MLP_EFS_Head,
+    eSCNMDBackbone,
+)
+from fairchem.core.models.uma.escn_moe import (
+    DatasetSpecificMoEWrapper,
+    DatasetSpecificSingleHeadWrapper,
+    eSCNMDMoeBackbone,
+)
 from torch import Tensor, nn
 
 from fairchem_scd.denoising.adapter import Adapter, register_adapter
@@ -29,6 +38,13 @@ class ESCNMDAdapter(CoefficientsAdapter, Adapter):
     def conservative(self) -> bool:
         regress = self.backbone.regress_config
         return not regress.direct_forces and (regress.forces or regress.stress)
+
+    def scalar_layers(self, head: nn.Module) -> Sequence[nn.Module]:
+        if isinstance(head, (DatasetSpecificMoEWrapper, DatasetSpecificSingleHeadWrapper)):
+            return self.scalar_layers(head.head)  # with experts, one layer that holds those of all data sets
+        if isinstance(head, MLP_EFS_Head):  # MLP_Energy_Head is one, too
+            return [head.energy_block[-1]]
+        return [head.energy_block] if isinstance(head, Linear_Energy_Head) else []
 
     @contextmanager
     def skip_energy_readout(self) -> Iterator[None]:

@@ -25,12 +25,13 @@ from tests.fairchem2.support.data import (
 )
 from tests.fairchem2.support.models import converted, gradients, plan_of, stirred, with_rotations_fixed
 from tests.fairchem2.support.runs import Run, differences, run
-from tests.fairchem2.support.units import inner, one_rank, plain_state, train_on, unit_of
+from tests.fairchem2.support.units import Loader, inner, one_rank, plain_state, train_on, unit_of, validate
 
 __all__ = [
     "OURS",
     "UMA",
     "UNIT",
+    "Loader",
     "Run",
     "batch_of",
     "cluster",
@@ -58,6 +59,7 @@ __all__ = [
     "tasks_config",
     "train_on",
     "unit_of",
+    "validate",
     "with_rotations_fixed",
     "write",
 ]

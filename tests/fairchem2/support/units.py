@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import hydra
@@ -13,7 +14,7 @@ from fairchem.core.common import distutils
 from fairchem.core.datasets.atomic_data import AtomicData
 from fairchem.core.units.mlip_unit.mlip_unit import MLIPTrainEvalUnit
 from omegaconf import OmegaConf
-from torchtnt.framework import train
+from torchtnt.framework import evaluate, train
 
 from fairchem_scd.fairchem2.unit import DenoisingTrainEvalUnit
 from tests.fairchem2.support.configs import model_config, optimisation, tasks_config
@@ -54,6 +55,39 @@ def train_on(unit: MLIPTrainEvalUnit, batches: Iterable[AtomicData]) -> None:
     """Train a unit on batches, a step each, as one epoch more."""
     epochs = unit.train_progress.num_epochs_completed + 1
     train(unit, [copy.deepcopy(batch) for batch in batches], max_epochs=epochs)
+
+
+def validate(unit: MLIPTrainEvalUnit, batches: Sequence[AtomicData], **how: Any) -> dict[str, float]:
+    """What the host's logger gets of a validation on batches; `how`: arguments of the host's loop."""
+    found: dict[str, float] = {}
+    unit.logger = SimpleNamespace(log=lambda values, commit: found.update(values))
+    try:
+        evaluate(unit, Loader(batches), **how)
+    finally:
+        unit.logger = None
+    return found
+
+
+class Loader:
+    """A loader that gives copies of batches, and that draws a random number when it starts, as torch's do.
+
+    Attributes:
+        given: how many it has given.
+    """
+
+    dataset = SimpleNamespace(dataset_names=["mo.train"])
+
+    def __init__(self, batches: Sequence[AtomicData]) -> None:
+        self.batches, self.given = batches, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[AtomicData]:
+        torch.randint(9, ())
+        for batch in self.batches:
+            self.given += 1
+            yield copy.deepcopy(batch)
 
 
 def plain_state(unit: MLIPTrainEvalUnit) -> dict[str, Any]:
