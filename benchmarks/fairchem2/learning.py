@@ -59,8 +59,12 @@ BESIDE: dict[str, dict[str, Any]] = {
 BEFORE: dict[str, dict[str, Any]] = {
     "SCD, then plain": {"scd": {"std": 0.04}},
     "plain denoising, then plain": {"scd": {"condition": [], "std": 0.04}},
+    "SCD, then plain, quiet heads": {"scd": {"std": 0.04}},
 }
 """The denoising block of the pre-training of the arms that have one."""
+
+AFTER: dict[str, dict[str, Any]] = {"SCD, then plain, quiet heads": {"quiet_heads": True}}
+"""The denoising block of the fine-tuning of the arms that have one."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def train(run: Run, data: Path, folder: Path, results: Results, here: Mapping[st
     labelled = [structures[i] for i in order[: run.labels]]
     _write(folder / "few/few.aselmdb", labelled)
     start = pretrained(run, structures, folder, results, here) if run.arm in BEFORE else None
-    tasks, block = _tasks(labelled, run.forces), BESIDE.get(run.arm, {})
+    tasks, block = _tasks(labelled, run.forces), BESIDE.get(run.arm) or AFTER.get(run.arm, {})
     checkpoint, seconds = _fit(folder / "run", run, folder / "few/few.aselmdb", block, tasks, start)
     return {"test": judge(checkpoint, run.data, test, forces=run.forces != NO_FORCES), "seconds": seconds}
 
@@ -127,9 +131,10 @@ def pretrained(run: Run, structures: Sequence[Atoms], folder: Path, results: Res
     with results.claimed(settings, wait=True) as mine:
         if mine or not kept.exists():
             _write(folder / "all/all.aselmdb", structures)
-            checkpoint, seconds = _fit(
-                folder / "before", run, folder / "all/all.aselmdb", BEFORE[run.arm], tasks=[], start=None
-            )
+            block = {"scd": dict(BEFORE[run.arm]["scd"])}
+            if block["scd"].get("condition") != []:
+                block["scd"]["judge_condition"] = False  # nobody reads it here
+            checkpoint, seconds = _fit(folder / "before", run, folder / "all/all.aselmdb", block, tasks=[], start=None)
             kept.parent.mkdir(parents=True, exist_ok=True)
             part = kept.with_suffix(".part")
             shutil.copyfile(checkpoint, part)
