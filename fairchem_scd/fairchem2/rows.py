@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from ase.data import chemical_symbols
 from fairchem.core.datasets.atomic_data import AtomicData
 from fairchem.core.datasets.collaters.mt_collater import MTCollater
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 
 from fairchem_scd.denoising.adapter import Adapter
 from fairchem_scd.denoising.config_keys import key_of
+from fairchem_scd.denoising.periodic import check_spots, nearest_images
 from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.errors import ConfigError, DataError
 from fairchem_scd.fairchem2.batch import structures_of
@@ -142,7 +144,9 @@ def check_sample(
         task.check_sample(sample, f"sampled from {guarded.name}")
 
 
-def check_row(row: AtomicData, host_tasks: Sequence[Task], max_num_elements: int) -> None:
+def check_row(
+    row: AtomicData, host_tasks: Sequence[Task], max_num_elements: int, *, always_periodic: bool = False
+) -> None:
     """Check a row of a dataset.
 
     An infinite label counts as one that is missing, as it does to the host, but not as a bad one.
@@ -151,10 +155,11 @@ def check_row(row: AtomicData, host_tasks: Sequence[Task], max_num_elements: int
         row: as the host's dataset gives it.
         host_tasks: the tasks that train.
         max_num_elements: one more than the highest atomic number that the model knows.
+        always_periodic: the model repeats every structure in all directions, whatever the row's own `pbc`.
 
     Raises:
-        DataError: it has no atoms, an element beyond the model's table, a position or cell that is not finite, or a
-            label that is missing or not a number.
+        DataError: it has no atoms, an element beyond the model's table, a position or cell that is not finite, two
+            atoms on the same spot, or a label that is missing or not a number.
     """
     if not len(row.pos):
         raise DataError("a structure without atoms")
@@ -168,6 +173,8 @@ def check_row(row: AtomicData, host_tasks: Sequence[Task], max_num_elements: int
     for key in ("pos", "cell"):
         if not bool(row[key].isfinite().all()):
             raise DataError(f"{key} is not finite: {_first(row[key], ~row[key].isfinite())}")
+    pbc = torch.ones(3) if always_periodic else row.pbc.view(3)
+    check_spots(nearest_images(row.pos, row.cell.view(3, 3), pbc))
     dataset = _dataset(row)
     for name in (task.name for task in host_tasks if dataset in task.datasets):
         if name not in row:

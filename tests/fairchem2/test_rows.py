@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
 
 import lmdb
 import numpy as np
@@ -55,6 +56,10 @@ BAD = {
         "label 'forces' is not",
     ),
     "a missing label": (lambda data: data.__keys__.discard("energy"), "no label 'energy'"),
+    "two atoms on one spot": (
+        lambda data: data.pos.index_copy_(0, torch.tensor([3]), data.pos[1:2].clone()),
+        "atoms 1 and 3 are",
+    ),
     "an element": (lambda data: data.atomic_numbers.fill_(101), r"element 101 \(Md\) is beyond the model's table"),
 }
 
@@ -66,6 +71,15 @@ def test_a_bad_row_is_named_with_what_is_wrong_with_it(spoil, message):
     spoil(bad)
     with pytest.raises(DataError, match=message):
         check_row(bad, TASKS, 100)
+
+
+@pytest.mark.parametrize(("pbc", "always", "same"), [(True, False, True), (False, False, False), (False, True, True)])
+def test_images_of_atoms_are_on_the_same_spot_where_the_model_repeats_the_structure(pbc, always, same):
+    data = row(crystal(0))
+    data.pbc[:] = pbc
+    data.pos[2] = data.pos[0] + data.cell[0, 1] - data.cell[0, 2]
+    with pytest.raises(DataError, match=r"^atoms 0 and 2 are on the same spot$") if same else nullcontext():
+        check_row(data, TASKS, 100, always_periodic=always)
 
 
 def test_an_infinite_label_is_one_that_is_missing_as_it_is_to_the_host():
