@@ -132,7 +132,8 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
             self._faults.note(data)
             self._faults.tell_ranks(torch.device(get_device_for_local_rank()))
             step = Step() if task is None else self._corrupted(data, task, number, _progress(state, number))
-            with _in_step(self, step, data, self.model), self._finite.watched(number, self._faults.stop_if_told):
+            watched = self._finite.watched(number, self._faults.stop_if_told, self.ema_model)
+            with _in_step(self, step, data, self.model), watched:
                 super().train_step(state, data)
         self._printed.update(step.measured)
         if number % self.print_every == 0:
