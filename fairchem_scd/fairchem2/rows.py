@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,23 +24,29 @@ from fairchem_scd.fairchem2.batch import structures_of
 
 _SAMPLE = 32
 _ENOUGH = 100
-"""After so many bad rows one after the other, reading ends in an error."""
+"""After so many bad rows one after the other, the run ends."""
 
 
 class Guarded(Dataset):
     """A dataset of the host in which the next good row takes the place of a bad one.
 
     Every row says under `bad_data` what was wrong with the rows whose place it takes, "" if it takes none. Whether
-    that ends the run is decided by the unit, on all ranks at once.
+    that ends the run is decided by the unit, on all ranks at once. Where too many bad rows follow each other, the run
+    must end whatever its settings: the row says so under `no_good_row`, which is "" otherwise. An error raised here, in
+    the loader of one rank, would leave the other ranks waiting for it. So a row that was good before training is given.
 
     Args:
         dataset: of the host: one data set, and one split of it.
         name: as the host calls it, such as "omat.train".
         check: raises DataError for a row that cannot be trained on.
+
+    Attributes:
+        spare: a good row, from `keep_spare`; None: too many bad rows are an error where they are read.
     """
 
     def __init__(self, dataset: Any, name: str, check: Callable[[AtomicData], None]) -> None:
         self.dataset, self.name, self.check = dataset, name, check
+        self.spare: AtomicData | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -54,10 +61,15 @@ class Guarded(Dataset):
         for offset in range(min(len(self), _ENOUGH)):
             row, error = self.read((index + offset) % len(self))
             if error is None:
-                row.bad_data = "\n".join(found)
+                row.bad_data, row.no_good_row = "\n".join(found), ""
                 return row
             found.append(error)
-        raise DataError(f"{len(found)} rows one after the other cannot be trained on; the first: {found[0]}")
+        message = f"{len(found)} rows one after the other cannot be trained on; the first: {found[0]}"
+        if self.spare is None:
+            raise DataError(message)
+        row = copy.deepcopy(self.spare)
+        row.bad_data, row.no_good_row = "", message
+        return row
 
     def read(self, index: int) -> tuple[AtomicData | None, str | None]:
         """The row and None, or None and what is wrong with the row, with its name."""
@@ -92,6 +104,15 @@ class Guarded(Dataset):
         if errors and not skip:
             raise DataError(with_advice(errors[0]))
         return rows
+
+    def keep_spare(self) -> None:
+        """Keep a good row of the sample, of medium size. It must be done before the loader's processes get copies.
+
+        Raises:
+            DataError: all rows of the sample are bad.
+        """
+        rows = self.sample(skip=True)
+        self.spare = sorted(rows, key=lambda row: len(row.pos))[len(rows) // 2]
 
     def _place(self, index: int) -> int:
         """The row's number in the data; the host's splits may be subsets of it."""

@@ -97,6 +97,7 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
         for phase in filter(None, (state.train_state, state.eval_state)):
             rows.check_loader(phase.dataloader, self.tasks)
             for guarded in rows.guard(phase.dataloader, check):
+                guarded.keep_spare()
                 if phase is state.train_state or self.setup.self_supervised:
                     rows.check_sample(guarded, self.setup.tasks, self.tasks, adapter, skip=self._faults.skip)
 

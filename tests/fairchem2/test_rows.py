@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from contextlib import nullcontext
+from functools import partial
 
 import lmdb
 import numpy as np
@@ -102,6 +103,20 @@ def test_the_next_good_row_takes_the_place_of_bad_ones_and_says_so():
     assert len(copied) == 1
     with pytest.raises(DataError, match=r"2 rows one after the other .*; the first: mo\.train, row 0"):
         Guarded(Rows(list(rows)[1:3]), "mo.train", lambda data: check_row(data, TASKS, 100))[0]
+    with pytest.raises(DataError, match=r"all 2 rows sampled cannot be trained on; the first: mo\.train, row 0"):
+        Guarded(Rows(list(rows)[1:3]), "mo.train", lambda data: check_row(data, TASKS, 100)).keep_spare()
+
+
+def test_too_many_bad_rows_leave_word_with_a_row_that_was_good_before():
+    """For an error in the loader of one rank would leave the other ranks waiting."""
+    rows = Rows([row(atoms) for atoms in crystals(3)])
+    guarded = Guarded(rows, "mo.train", partial(check_row, host_tasks=(), max_num_elements=100))
+    guarded.keep_spare()
+    assert guarded[1].no_good_row == ""
+    rows[:] = [None] * 3
+    given = pickle.loads(pickle.dumps(guarded))[1]
+    assert given.no_good_row.startswith("3 rows one after the other cannot be trained on; the first: mo.train, row 1")
+    assert torch.equal(given.pos, row(crystals(3)[2]).pos), "three structures of 4, 8 and 4 atoms"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
