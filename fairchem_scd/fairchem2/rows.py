@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,6 +164,16 @@ def check_sample(
     sample = [structures_of(row, adapter.periodic(row.pbc), host_tasks) for row in rows]
     for task in tasks.values():
         task.check_sample(sample, f"sampled from {guarded.name}")
+
+
+def row_check(host_tasks: Sequence[Task], adapter: Adapter) -> Callable[[AtomicData], None]:
+    """`check_row` for the host's tasks that train and the adapter of a model's backbone."""
+    return partial(
+        check_row,
+        host_tasks=host_tasks,
+        max_num_elements=adapter.backbone.max_num_elements,
+        always_periodic=bool(adapter.periodic(torch.zeros(1, 3, dtype=torch.bool)).all()),
+    )
 
 
 def check_row(

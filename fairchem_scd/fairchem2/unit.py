@@ -88,12 +88,7 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
 
     def _check_data(self, state: State) -> None:
         adapter = unwrapped(self.model).adapter
-        check = partial(
-            rows.check_row,
-            host_tasks=self.tasks,
-            max_num_elements=adapter.backbone.max_num_elements,
-            always_periodic=bool(adapter.periodic(torch.zeros(1, 3, dtype=torch.bool)).all()),
-        )
+        check = rows.row_check(self.tasks, adapter)
         for phase in filter(None, (state.train_state, state.eval_state)):
             rows.check_loader(phase.dataloader, self.tasks)
             for guarded in rows.guard(phase.dataloader, check):
