@@ -134,8 +134,8 @@ def _say_labels(seen: float, length: float, counted: str, report: Report) -> Non
     if seen > 0.005:
         report.say(
             "",
-            f"{length:g} {see} as many labels as {_count(length * seen, counted)} of plain training. A short run loses by that "
-            f"alone: give it {_count(length / seen, counted)} {counted}s, or lower prob",
+            f"{length:g} {see} as many labels as {_count(length * seen, counted)} of plain training. A short run loses "
+            f"by that alone: give it {_count(length / seen, counted)} {counted}s, or lower prob",
         )
 
 

@@ -164,11 +164,10 @@ def _losses(curves: Mapping[str, Curve]) -> _Panel:
     known = {line.tag for line in _LOSSES}
     others = sorted(t for t in curves if t.startswith("train/") and t.endswith("_loss") and t not in known)
     # These are of outputs that most runs do not have, such as stress.
-    stems = [tag.removeprefix("train/").removesuffix("_loss") for tag in others]
-    hues = dict(zip(dict.fromkeys(stem.removeprefix("denoising_") for stem in stems), cycle(_SPARE), strict=False))
+    named = [_output_of(tag.removeprefix("train/").removesuffix("_loss")) for tag in others]
+    hues = dict(zip(dict.fromkeys(name for name, _ in named), cycle(_SPARE), strict=False))
     rare = []
-    for tag, stem in zip(others, stems, strict=True):
-        name, corrupted = stem.removeprefix("denoising_"), stem.startswith("denoising_")
+    for tag, (name, corrupted) in zip(others, named, strict=True):
         label = name.replace("_", " ") + (", denoising" if corrupted else "")
         rare.append(_Line(tag, label, hues[name], "--" if corrupted else "-"))
     parts = sorted((line for line in (*_LOSSES, *rare) if line.tag in curves), key=lambda line: line.dashes == "--")
@@ -179,21 +178,33 @@ def _losses(curves: Mapping[str, Curve]) -> _Panel:
     return _Panel("loss", (total, *parts[:split], validation, *parts[split:]), log=True)
 
 
+def _output_of(stem: str) -> tuple[str, bool]:
+    """The output that a tag's stem is of, and whether it is of corrupted structures: of them, forces are "force"."""
+    name = stem.removeprefix("denoising_")
+    if name == stem:
+        return name, False
+    return (f"{name}s" if name.endswith("_force") else name), True
+
+
 def _errors(curves: Mapping[str, Curve]) -> list[_Panel]:
     """The panels of errors. Those of data sets with outputs of their own have a line each."""
-    panels = []
-    for panel in _ERRORS:
-        ending = rf"_{panel.output}_mae"
-        tags = sorted(curves) if panel.output else ()
-        found = [tag for tag in tags if re.fullmatch(rf"(train|val)/(?!denoising_)\w+{ending}", tag)]
-        names = [re.sub(rf"^\w+/|{ending}$", "", tag) for tag in found]
-        hues = dict(zip(dict.fromkeys(names), cycle(_SPARE), strict=False))
-        own = (
-            _Line(tag, f"{name}, {'validation' if tag.startswith('val/') else 'training'}", hues[name])
-            for tag, name in zip(found, names, strict=True)
-        )
-        panels.append(replace(panel, lines=(*panel.lines, *own)))
+    panels = [replace(panel, lines=(*panel.lines, *_of_data_sets(panel, curves))) for panel in _ERRORS]
     return [*panels, *_other_errors(curves, {line.tag for panel in panels for line in panel.lines})]
+
+
+def _of_data_sets(panel: _Panel, curves: Mapping[str, Curve]) -> list[_Line]:
+    """Lines of the outputs of a panel's kind that data sets have of their own; each data set has a colour."""
+    lines: list[tuple[str, str, str]] = []
+    for tag in sorted(curves) if panel.output else ():
+        split, _, stem = tag.removesuffix("_mae").partition("/")
+        output, corrupted = _output_of(stem)
+        if tag.endswith("_mae") and output.endswith(f"_{panel.output}"):
+            kind = "denoising" if corrupted else "validation" if split == "val" else "training"
+            lines.append((tag, output.removesuffix(f"_{panel.output}"), kind))
+    hues = dict(zip(dict.fromkeys(name for _, name, _ in lines), cycle(_SPARE), strict=False))
+    return [
+        _Line(tag, f"{name}, {kind}", hues[name], "--" if kind == "denoising" else "-") for tag, name, kind in lines
+    ]
 
 
 def _other_errors(curves: Mapping[str, Curve], drawn: Collection[str]) -> list[_Panel]:
