@@ -1,8 +1,9 @@
 """What a run does when it meets rows that cannot be trained on.
 
 `Guarded` puts the next good row in the place of a bad one, and leaves word of it in the batch. With
-`on_bad_data: skip` the run counts it and goes on. With `on_bad_data: stop` all ranks end, with the row's name: in
-training before the row that came with it changes the weights, in validation after the last batch.
+`on_bad_data: skip` the run counts it and goes on, unless too many bad rows follow each other. With `on_bad_data: stop`
+and there, all ranks end, with the row's name: in training before the row that came with it changes the weights, in
+validation after the last batch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class DataFaults:
 
     Attributes:
         left_out: how many this rank has left out.
-        stops_at: what was wrong with the first row that ends the run, with its name; None: no such row was met here.
+        stops_at: why the run ends, with the name of a row; None: nothing that ends it was met here.
     """
 
     def __init__(self, *, skip: bool) -> None:
@@ -38,24 +39,27 @@ class DataFaults:
         """Take notice of the bad rows of a batch.
 
         Raises:
-            DataError: a row ends the run, and there is no other rank that has to know first.
+            DataError: they end the run, and there is no other rank that has to know first.
         """
+        ends = [line for line in data.get("no_good_row", ()) if line]
         found = [line for entry in data.get("bad_data", ()) for line in entry.splitlines()]
         if self.skip:
             for line in found:
                 logging.warning("left out: %s", line)
             self.left_out += len(found)
         elif found:
-            self.stops_at = self.stops_at or found[0]
+            ends.append(with_advice(found[0]))
+        if ends:
+            self.stops_at = self.stops_at or ends[0]
             if distutils.get_world_size() == 1:
                 self.stop_if_any()
 
     def tell_ranks(self, device: torch.device) -> None:
-        """Tell the other ranks whether this one has met a row that ends the run. A collective call.
+        """Tell the other ranks whether this one has met what ends the run. A collective call.
 
         Nobody waits for the answer here: `stop_if_told` does.
         """
-        if not self.skip and distutils.get_world_size() > 1:
+        if distutils.get_world_size() > 1:
             mark = torch.full((), int(self.stops_at is not None), device=device)
             self._ranks_affected = distutils.all_reduce(mark)
 
@@ -70,7 +74,7 @@ class DataFaults:
             self.stop_if_any()
 
     def stop_if_any(self) -> None:
-        """End the run on all ranks if any of them has met a row that ends it. A collective call.
+        """End the run on all ranks if any of them has met what ends it. A collective call.
 
         Raises:
             DataError: one has; the message names the row.
@@ -81,7 +85,7 @@ class DataFaults:
             torch.distributed.all_gather_object(seen, self.stops_at)
         for line in seen:
             if line is not None:
-                raise DataError(with_advice(line))
+                raise DataError(line)
 
     def report(self, device: torch.device) -> None:
         """Say how many rows all ranks have left out. A collective call."""

@@ -1,22 +1,26 @@
-"""Gradients that are not finite never reach the optimiser."""
+"""Gradients that are not finite never reach the optimiser, and the moving average takes no step with them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 _PATIENCE = 100
 """Steps in a row without finite gradients after which a run ends."""
 
 
 class FiniteGradients:
-    """Skips the updates of an optimiser whose gradients are not finite: weights and its own state stay as they were.
+    """Skips the updates of an optimiser whose gradients are not finite.
 
-    All ranks have the same gradients, so all do the same.
+    Weights, their moving average and the optimiser's own state stay as they were. The schedule of the learning rate
+    goes on, as it does on fairchem 1.x: it counts the steps of the run. All ranks have the same gradients, so all do
+    the same.
 
     Args:
         optimizer: gets a hook.
@@ -33,7 +37,7 @@ class FiniteGradients:
         optimizer.register_step_pre_hook(self._check)
 
     @contextmanager
-    def watched(self, number: int, then: Callable[[], None]) -> Iterator[None]:
+    def watched(self, number: int, then: Callable[[], None], average: AveragedModel | None) -> Iterator[None]:
         """While entered, the update of step `number` is watched.
 
         No other is: the host makes updates without an effect to set up the optimiser's state.
@@ -41,12 +45,29 @@ class FiniteGradients:
         Args:
             number: of the step.
             then: is called before the update, when the device has been waited for. The update is not made if it raises.
+            average: of the weights, which the host updates in every step, after the weights.
         """
         self._number, self._then = number, then
         try:
-            yield
+            with nullcontext() if average is None else self._held(average):
+                yield
         finally:
             self._number = None
+
+    @contextmanager
+    def _held(self, average: AveragedModel) -> Iterator[None]:
+        """While entered, a moving average is not updated after a step that was skipped."""
+        update = average.update_parameters
+
+        def update_unless_skipped(model: nn.Module) -> None:
+            if self.skipped[-1:] != [self._number]:
+                update(model)
+
+        average.update_parameters = update_unless_skipped
+        try:
+            yield
+        finally:
+            del average.update_parameters
 
     def _check(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._number is None:
@@ -61,7 +82,10 @@ class FiniteGradients:
         for p in parameters:
             p.grad = None
         self.skipped.append(self._number)
-        logging.warning("step %d: gradients that are not finite; weights and optimiser stay as they were", self._number)
+        logging.warning(
+            "step %d: gradients that are not finite; weights, their average and optimiser stay as they were",
+            self._number,
+        )
         self._patience -= 1
         if not self._patience:
             raise RuntimeError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from ase.data import chemical_symbols
 from fairchem.core.datasets.atomic_data import AtomicData
 from fairchem.core.datasets.collaters.mt_collater import MTCollater
@@ -15,29 +18,36 @@ from torch.utils.data import Dataset
 
 from fairchem_scd.denoising.adapter import Adapter
 from fairchem_scd.denoising.config_keys import key_of
+from fairchem_scd.denoising.periodic import check_spots, nearest_images
 from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.errors import ConfigError, DataError
 from fairchem_scd.fairchem2.batch import structures_of
 
 _SAMPLE = 32
 _ENOUGH = 100
-"""After so many bad rows one after the other, reading ends in an error."""
+"""After so many bad rows one after the other, the run ends."""
 
 
 class Guarded(Dataset):
     """A dataset of the host in which the next good row takes the place of a bad one.
 
     Every row says under `bad_data` what was wrong with the rows whose place it takes, "" if it takes none. Whether
-    that ends the run is decided by the unit, on all ranks at once.
+    that ends the run is decided by the unit, on all ranks at once. Where too many bad rows follow each other, the run
+    must end whatever its settings: the row says so under `no_good_row`, which is "" otherwise. An error raised here, in
+    the loader of one rank, would leave the other ranks waiting for it. So a row that was good before training is given.
 
     Args:
         dataset: of the host: one data set, and one split of it.
         name: as the host calls it, such as "omat.train".
         check: raises DataError for a row that cannot be trained on.
+
+    Attributes:
+        spare: a good row, from `keep_spare`; None: too many bad rows are an error where they are read.
     """
 
     def __init__(self, dataset: Any, name: str, check: Callable[[AtomicData], None]) -> None:
         self.dataset, self.name, self.check = dataset, name, check
+        self.spare: AtomicData | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -52,10 +62,15 @@ class Guarded(Dataset):
         for offset in range(min(len(self), _ENOUGH)):
             row, error = self.read((index + offset) % len(self))
             if error is None:
-                row.bad_data = "\n".join(found)
+                row.bad_data, row.no_good_row = "\n".join(found), ""
                 return row
             found.append(error)
-        raise DataError(f"{len(found)} rows one after the other cannot be trained on; the first: {found[0]}")
+        message = f"{len(found)} rows one after the other cannot be trained on; the first: {found[0]}"
+        if self.spare is None:
+            raise DataError(message)
+        row = copy.deepcopy(self.spare)
+        row.bad_data, row.no_good_row = "", message
+        return row
 
     def read(self, index: int) -> tuple[AtomicData | None, str | None]:
         """The row and None, or None and what is wrong with the row, with its name."""
@@ -90,6 +105,15 @@ class Guarded(Dataset):
         if errors and not skip:
             raise DataError(with_advice(errors[0]))
         return rows
+
+    def keep_spare(self) -> None:
+        """Keep a good row of the sample, of medium size. It must be done before the loader's processes get copies.
+
+        Raises:
+            DataError: all rows of the sample are bad.
+        """
+        rows = self.sample(skip=True)
+        self.spare = sorted(rows, key=lambda row: len(row.pos))[len(rows) // 2]
 
     def _place(self, index: int) -> int:
         """The row's number in the data; the host's splits may be subsets of it."""
@@ -142,7 +166,19 @@ def check_sample(
         task.check_sample(sample, f"sampled from {guarded.name}")
 
 
-def check_row(row: AtomicData, host_tasks: Sequence[Task], max_num_elements: int) -> None:
+def row_check(host_tasks: Sequence[Task], adapter: Adapter) -> Callable[[AtomicData], None]:
+    """`check_row` for the host's tasks that train and the adapter of a model's backbone."""
+    return partial(
+        check_row,
+        host_tasks=host_tasks,
+        max_num_elements=adapter.backbone.max_num_elements,
+        always_periodic=bool(adapter.periodic(torch.zeros(1, 3, dtype=torch.bool)).all()),
+    )
+
+
+def check_row(
+    row: AtomicData, host_tasks: Sequence[Task], max_num_elements: int, *, always_periodic: bool = False
+) -> None:
     """Check a row of a dataset.
 
     An infinite label counts as one that is missing, as it does to the host, but not as a bad one.
@@ -151,10 +187,11 @@ def check_row(row: AtomicData, host_tasks: Sequence[Task], max_num_elements: int
         row: as the host's dataset gives it.
         host_tasks: the tasks that train.
         max_num_elements: one more than the highest atomic number that the model knows.
+        always_periodic: the model repeats every structure in all directions, whatever the row's own `pbc`.
 
     Raises:
-        DataError: it has no atoms, an element beyond the model's table, a position or cell that is not finite, or a
-            label that is missing or not a number.
+        DataError: it has no atoms, an element beyond the model's table, a position or cell that is not finite, two
+            atoms on the same spot, or a label that is missing or not a number.
     """
     if not len(row.pos):
         raise DataError("a structure without atoms")
@@ -168,6 +205,8 @@ def check_row(row: AtomicData, host_tasks: Sequence[Task], max_num_elements: int
     for key in ("pos", "cell"):
         if not bool(row[key].isfinite().all()):
             raise DataError(f"{key} is not finite: {_first(row[key], ~row[key].isfinite())}")
+    pbc = torch.ones(3) if always_periodic else row.pbc.view(3)
+    check_spots(nearest_images(row.pos, row.cell.view(3, 3), pbc))
     dataset = _dataset(row)
     for name in (task.name for task in host_tasks if dataset in task.datasets):
         if name not in row:

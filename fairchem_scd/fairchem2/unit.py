@@ -93,10 +93,11 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
 
     def _check_data(self, state: State) -> None:
         adapter = unwrapped(self.model).adapter
-        check = partial(rows.check_row, host_tasks=self.tasks, max_num_elements=adapter.backbone.max_num_elements)
+        check = rows.row_check(self.tasks, adapter)
         for phase in filter(None, (state.train_state, state.eval_state)):
             rows.check_loader(phase.dataloader, self.tasks)
             for guarded in rows.guard(phase.dataloader, check):
+                guarded.keep_spare()
                 if phase is state.train_state or self.setup.self_supervised:
                     rows.check_sample(guarded, self.setup.tasks, self.tasks, adapter, skip=self._faults.skip)
 
@@ -132,7 +133,8 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
             self._faults.note(data)
             self._faults.tell_ranks(torch.device(get_device_for_local_rank()))
             step = Step() if task is None else self._corrupted(data, task, number, _progress(state, number))
-            with _in_step(self, step, data, self.model), self._finite.watched(number, self._faults.stop_if_told):
+            watched = self._finite.watched(number, self._faults.stop_if_told, self.ema_model)
+            with _in_step(self, step, data, self.model), watched:
                 super().train_step(state, data)
         self._printed.update(step.measured)
         if number % self.print_every == 0:

@@ -50,6 +50,8 @@ def test_what_is_said_of_a_sound_config_is_so(folder, tmp_path, monkeypatch):
     assert "train       6 structures; in 6 looked at: 4 to 8 atoms" in output
     largest = max(np.linalg.norm(atoms.calc.results["forces"], axis=1).max() for atoms in crystals(6))
     assert f"forces (|F| up to {largest:.3g} eV/Å)" in output
+    assert re.search(r"weights +loss of predicting zero: noise of dens [\d.]+, forces [\d.]+; ratio", output)
+    assert re.search(r"labels +\d+ % of the force labels train", output)
     assert re.search(r"ordinary [\d.]+ s, dens [\d.]+ s \([\d.]+ x\), scd [\d.]+ s \([\d.]+ x\); batch of \d", output)
     assert re.search(r"validation +works, with batches of \d: mo.val,energy,mae [\d.]+, mo.val,forces,mae", output)
     # Nothing but the config is there afterwards.

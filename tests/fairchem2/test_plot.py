@@ -90,6 +90,10 @@ def test_of_two_runs_one_is_chosen_by_its_name(offline, tmp_path):
 CONSOLE = """\
 INFO:root:{'train/loss': 8.5, 'train/lr': 0.1, 'train/step': 0, 'train/grad_norm': 2.0}
 INFO:root:{'train/step': 0, 'train/denoising_pos_mae': 0.08, 'train/denoising_pos_loss': 3.0}
+INFO:root:{'train/step': 0, 'train/oc20_forces_loss': 2.0, 'train/omat_forces_loss': 3.0}
+INFO:root:{'train/step': 1, 'train/denoising_oc20_force_loss': 2.5, 'train/denoising_oc20_force_mae': 0.45}
+INFO:root:{'train/step': 1, 'train/denoising_omat_force_loss': 3.5, 'train/denoising_omat_force_mae': 0.55}
+INFO:root:{'train/step': 1, 'train/denoising_oc20_energy_mae': 1.75}
 noise {'train/loss': cut sh
 INFO:root:{'train/loss': nan, 'train/lr': 0.1, 'train/step': 10}
 INFO:root:Finished aggregating metrics:
@@ -129,9 +133,20 @@ def test_errors_of_each_data_set_are_lines_of_their_own(tmp_path):
     }
     assert found == {"val/oc20_energy_mae": [1.5], "val/oc20_forces_mae": [0.25], "val/omat_forces_mae": [0.35]}
     figure = training_run.draw(curves)
-    panels = {ax.get_ylabel(): [line.get_label() for line in ax.get_lines()] for ax in figure.axes}
-    assert panels["force error (eV/Å)"] == ["oc20, validation", "omat, validation"]
-    assert panels["energy error (eV)"] == ["oc20, validation"]
+    panels = {
+        ax.get_ylabel(): {line.get_label(): (line.get_color(), line.get_linestyle()) for line in ax.get_lines()}
+        for ax in figure.axes
+    }
+    assert set(panels) == {"loss", "force error (eV/Å)", "energy error (eV)", "denoising error (Å)"}
+    assert set(panels["energy error (eV)"]) == {"oc20, denoising", "oc20, validation"}
+    forces, losses = panels["force error (eV/Å)"], panels["loss"]
+    assert set(forces) == {f"{name}, {kind}" for name in ("oc20", "omat") for kind in ("denoising", "validation")}
+    assert {"oc20 forces", "oc20 forces, denoising", "omat forces", "omat forces, denoising"} <= set(losses)
+    # A data set has one colour in a panel; what is of corrupted structures is dashed.
+    for name in ("oc20", "omat"):
+        assert forces[f"{name}, denoising"] == (forces[f"{name}, validation"][0], "--")
+        assert losses[f"{name} forces, denoising"] == (losses[f"{name} forces"][0], "--")
+    assert forces["oc20, denoising"][0] != forces["omat, denoising"][0]
 
 
 def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path):

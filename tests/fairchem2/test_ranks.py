@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +14,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from fairchem.core.common import distutils
 from fairchem.core.datasets.atomic_data import atomicdata_list_to_batch
+from fairchem.core.datasets.mt_concat_dataset import ConcatDataset
+from torch.utils.data import DataLoader
+from torchtnt.framework import train
 
 from fairchem_scd.errors import DataError
 from fairchem_scd.fairchem2.model import unwrapped
 from tests.fairchem2.support import (
     batch_of,
+    crystal,
     crystals,
     inner,
     model_config,
     plain_state,
+    row,
     stirred,
     tasks_config,
     train_on,
@@ -32,7 +38,11 @@ from tests.fairchem2.support import (
 SGD = partial(torch.optim.SGD, lr=0.05)
 BLOCKS = {"scd": {"scd": {"prob": 1}}, "dens": {"dens": {"prob": 1}}, "noisy nodes": {"noisy_nodes": {}}}
 KINDS = {"scd": {"prob": 0.4}, "dens": {"prob": 0.3}}
+FAILING = {"a disk fails": {"scd": {}}, "a disk fails, skip": {"scd": {}, "on_bad_data": "skip"}}
 CONSERVATIVE = {"direct": False, "stress": True, "experts": 2, "moe_dropout": 0.3, "activation_checkpointing": True}
+
+_PATIENCE = timedelta(seconds=120)
+"""A rank that waits longer for the other ends with an error."""
 
 
 def batches(rank):
@@ -62,11 +72,45 @@ def weights(unit):
     return {name: value.clone() for name, value in inner(unit).state_dict().items() if value.is_floating_point()}
 
 
+class Vanishing(list):
+    """Rows of which no more than `reads` can be read, as of a disk that fails."""
+
+    reads = 10**9
+
+    def __getitem__(self, index):
+        self.reads -= 1
+        if self.reads < 0:
+            raise OSError("gone")
+        return super().__getitem__(index)
+
+
+class Pairs(list):
+    """The rows of each batch, with what the host asks of a sampler."""
+
+    def set_epoch_and_start_iteration(self, epoch, start):
+        assert start == 0
+
+
+def of_a_failing_disk(block, rank):
+    """Train on two ranks; in the second step, rank 1 can read nothing any more. The error, and the steps that were."""
+    unit, rows = unit_of(block), Vanishing([row(crystal(seed)) for seed in range(8)])
+    if rank == 1:
+        rows.reads = 2 * len(rows) + 2  # before training, and the first batch
+    data = ConcatDataset({"mo.train": rows}, {"type": "temperature", "temperature": 1.0})
+    collate = partial(atomicdata_list_to_batch, exclude_keys=[])
+    loader = DataLoader(data, batch_sampler=Pairs([[0, 1], [2, 3], [4, 5]]), collate_fn=collate)
+    try:
+        train(unit, loader, max_epochs=1)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", unit.train_progress.num_steps_completed
+    return "none", unit.train_progress.num_steps_completed
+
+
 def _on_rank(rank, folder):
     """All that the claims below are about, on one of two ranks."""
     torch.set_num_threads(1)
     distutils.assign_device_for_local_rank(cpu=True, local_rank=rank)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=_PATIENCE)
     found = {}
     for name, block in BLOCKS.items():
         unit = unit_of(block, optimizer_fn=SGD)
@@ -92,6 +136,8 @@ def _on_rank(rank, folder):
     except DataError as error:
         found["error"] = str(error)
     found["untouched"] = all(torch.equal(before[name], value) for name, value in plain_state(unit)["model"].items())
+    for name, block in FAILING.items():
+        found[name] = of_a_failing_disk(block, rank)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -138,6 +184,15 @@ def test_a_bad_row_on_one_rank_ends_all_before_it_changes_the_weights(ranks):
     for found in ranks:
         assert found["error"].startswith("mo.train, row 7: broken. With runner.train_eval_unit.denoising.on_bad_data")
         assert found["untouched"]
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_all_ranks_end_in_the_same_step_where_one_can_read_nothing_any_more(ranks, name):
+    message = "DataError: 8 rows one after the other cannot be trained on; the first: mo.train, row 2: cannot be read"
+    for found in ranks:
+        error, steps = found[name]
+        assert error == f"{message}: OSError: gone"
+        assert steps == 1
 
 
 def joined(first, second):

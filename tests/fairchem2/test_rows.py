@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
+from functools import partial
 
 import lmdb
 import numpy as np
@@ -55,6 +57,10 @@ BAD = {
         "label 'forces' is not",
     ),
     "a missing label": (lambda data: data.__keys__.discard("energy"), "no label 'energy'"),
+    "two atoms on one spot": (
+        lambda data: data.pos.index_copy_(0, torch.tensor([3]), data.pos[1:2].clone()),
+        "atoms 1 and 3 are",
+    ),
     "an element": (lambda data: data.atomic_numbers.fill_(101), r"element 101 \(Md\) is beyond the model's table"),
 }
 
@@ -66,6 +72,15 @@ def test_a_bad_row_is_named_with_what_is_wrong_with_it(spoil, message):
     spoil(bad)
     with pytest.raises(DataError, match=message):
         check_row(bad, TASKS, 100)
+
+
+@pytest.mark.parametrize(("pbc", "always", "same"), [(True, False, True), (False, False, False), (False, True, True)])
+def test_images_of_atoms_are_on_the_same_spot_where_the_model_repeats_the_structure(pbc, always, same):
+    data = row(crystal(0))
+    data.pbc[:] = pbc
+    data.pos[2] = data.pos[0] + data.cell[0, 1] - data.cell[0, 2]
+    with pytest.raises(DataError, match=r"^atoms 0 and 2 are on the same spot$") if same else nullcontext():
+        check_row(data, TASKS, 100, always_periodic=always)
 
 
 def test_an_infinite_label_is_one_that_is_missing_as_it_is_to_the_host():
@@ -88,6 +103,20 @@ def test_the_next_good_row_takes_the_place_of_bad_ones_and_says_so():
     assert len(copied) == 1
     with pytest.raises(DataError, match=r"2 rows one after the other .*; the first: mo\.train, row 0"):
         Guarded(Rows(list(rows)[1:3]), "mo.train", lambda data: check_row(data, TASKS, 100))[0]
+    with pytest.raises(DataError, match=r"all 2 rows sampled cannot be trained on; the first: mo\.train, row 0"):
+        Guarded(Rows(list(rows)[1:3]), "mo.train", lambda data: check_row(data, TASKS, 100)).keep_spare()
+
+
+def test_too_many_bad_rows_leave_word_with_a_row_that_was_good_before():
+    """For an error in the loader of one rank would leave the other ranks waiting."""
+    rows = Rows([row(atoms) for atoms in crystals(3)])
+    guarded = Guarded(rows, "mo.train", partial(check_row, host_tasks=(), max_num_elements=100))
+    guarded.keep_spare()
+    assert guarded[1].no_good_row == ""
+    rows[:] = [None] * 3
+    given = pickle.loads(pickle.dumps(guarded))[1]
+    assert given.no_good_row.startswith("3 rows one after the other cannot be trained on; the first: mo.train, row 1")
+    assert torch.equal(given.pos, row(crystals(3)[2]).pos), "three structures of 4, 8 and 4 atoms"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

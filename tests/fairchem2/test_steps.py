@@ -67,21 +67,23 @@ def test_under_bf16_targets_and_statistics_are_float32(steps, direct):
 
 
 def test_a_step_without_finite_gradients_changes_nothing_and_is_counted(caplog):
-    unit, batches = unit_of({"scd": {"prob": 0.5}}), [batch_of(crystals(2, seed)) for seed in range(3)]
-    train_on(unit, batches[:1])
+    unit, batches = unit_of({"scd": {"prob": 0.5}}), [batch_of(crystals(2, seed)) for seed in range(4)]
+    train_on(unit, batches[:2])
     parameter = inner(unit).backbone.norm.affine_weight
     before = _copied(unit)
     hook = parameter.register_hook(lambda gradient: gradient * torch.nan)
     with caplog.at_level(logging.WARNING):
-        train_on(unit, batches[1:2])
+        train_on(unit, batches[2:3])
     hook.remove()
     after = _copied(unit)
     assert differences(before, after) == []
-    assert unit._finite.skipped == [1]
-    assert "step 1: gradients that are not finite" in caplog.text
-    assert "1 steps had gradients that are not finite and changed nothing; the first was step 1" in caplog.text
-    train_on(unit, batches[2:])
-    assert differences(after, _copied(unit)) != []
+    assert unit.scheduler.last_epoch == 3, "it counts the steps of the run"
+    assert unit._finite.skipped == [2]
+    assert "step 2: gradients that are not finite" in caplog.text
+    assert "1 steps had gradients that are not finite and changed nothing; the first was step 2" in caplog.text
+    train_on(unit, batches[3:])
+    changed = differences(after, _copied(unit))
+    assert {line.split("/")[1] for line in changed} == {"model", "optim", "ema"}
 
 
 def test_a_run_that_has_diverged_ends(monkeypatch):
@@ -93,9 +95,9 @@ def test_a_run_that_has_diverged_ends(monkeypatch):
 
 
 def _copied(unit):
-    """All tensors of the model and the optimiser as they are now."""
+    """All tensors of the model, its moving average and the optimiser as they are now."""
     state = unit.state_dict()
-    return {name: value.clone() for key in ("model", "optim") for name, value in _tensors(state[key], key)}
+    return {name: value.clone() for key in ("model", "optim", "ema") for name, value in _tensors(state[key], key)}
 
 
 def _tensors(state, path):

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fairchem_scd.commands.check import rounds
 from fairchem_scd.commands.check.report import Report
-from fairchem_scd.commands.fairchem2 import check_data, check_steps
+from fairchem_scd.commands.fairchem2 import check_data, check_steps, check_weights
 from fairchem_scd.commands.fairchem2.add_task import OURS
 from fairchem_scd.commands.fairchem2.config_file import UNIT, read_config
 from fairchem_scd.denoising.config_keys import block_called
@@ -154,6 +154,7 @@ def _run(config: DictConfig, report: Report, repeats: int, seconds: float) -> No
                 if split == "train":
                     for task in unit.setup.tasks.values():
                         check_data.describe_corruption(task, rows, unit, report)
+                    check_weights.describe_weights(runner, report)
         rounds.describe_model(unit.model.module, report)
         check_steps.try_steps(runner, report, repeats=repeats, seconds=seconds)
         if not report.problems:

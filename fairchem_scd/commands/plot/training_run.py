@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from fairchem_scd.commands import pictures
-from fairchem_scd.commands.plot.curves import Curve
+from fairchem_scd.commands.plot.curves import Curve, binned, running_median, same_curves
 from fairchem_scd.errors import ConfigError
 
 ENDINGS = ("_mae", "loss", "_mae_other", "_mae_none", "_mae_zero", "condition_gain", "_over_none", "_error")
@@ -25,7 +25,6 @@ _DENSE = 120
 _BAND = 2000
 """With this many points or more the faint line is a band, from the 5th to the 95th percentile. The file stays small."""
 
-_BINS = 400
 _HEIGHT = 2.1
 
 
@@ -164,36 +163,47 @@ def _losses(curves: Mapping[str, Curve]) -> _Panel:
     known = {line.tag for line in _LOSSES}
     others = sorted(t for t in curves if t.startswith("train/") and t.endswith("_loss") and t not in known)
     # These are of outputs that most runs do not have, such as stress.
-    stems = [tag.removeprefix("train/").removesuffix("_loss") for tag in others]
-    hues = dict(zip(dict.fromkeys(stem.removeprefix("denoising_") for stem in stems), cycle(_SPARE), strict=False))
+    named = [_output_of(tag.removeprefix("train/").removesuffix("_loss")) for tag in others]
+    hues = dict(zip(dict.fromkeys(name for name, _ in named), cycle(_SPARE), strict=False))
     rare = []
-    for tag, stem in zip(others, stems, strict=True):
-        name, corrupted = stem.removeprefix("denoising_"), stem.startswith("denoising_")
+    for tag, (name, corrupted) in zip(others, named, strict=True):
         label = name.replace("_", " ") + (", denoising" if corrupted else "")
         rare.append(_Line(tag, label, hues[name], "--" if corrupted else "-"))
     parts = sorted((line for line in (*_LOSSES, *rare) if line.tag in curves), key=lambda line: line.dashes == "--")
     total, validation = _Line("train/loss", "total", _BLACK), _Line("val/loss", "total, validation", _BLACK)
-    if len(parts) == 1 and "train/loss" in curves and _same(curves[parts[0].tag], curves["train/loss"]):
+    if len(parts) == 1 and "train/loss" in curves and same_curves(curves[parts[0].tag], curves["train/loss"]):
         total, validation = parts.pop(), _Line("val/loss", "validation", _BLACK)
     split = sum(line.dashes == "-" for line in parts)
     return _Panel("loss", (total, *parts[:split], validation, *parts[split:]), log=True)
 
 
+def _output_of(stem: str) -> tuple[str, bool]:
+    """The output that a tag's stem is of, and whether it is of corrupted structures: of them, forces are "force"."""
+    name = stem.removeprefix("denoising_")
+    if name == stem:
+        return name, False
+    return (f"{name}s" if name.endswith("_force") else name), True
+
+
 def _errors(curves: Mapping[str, Curve]) -> list[_Panel]:
     """The panels of errors. Those of data sets with outputs of their own have a line each."""
-    panels = []
-    for panel in _ERRORS:
-        ending = rf"_{panel.output}_mae"
-        tags = sorted(curves) if panel.output else ()
-        found = [tag for tag in tags if re.fullmatch(rf"(train|val)/(?!denoising_)\w+{ending}", tag)]
-        names = [re.sub(rf"^\w+/|{ending}$", "", tag) for tag in found]
-        hues = dict(zip(dict.fromkeys(names), cycle(_SPARE), strict=False))
-        own = (
-            _Line(tag, f"{name}, {'validation' if tag.startswith('val/') else 'training'}", hues[name])
-            for tag, name in zip(found, names, strict=True)
-        )
-        panels.append(replace(panel, lines=(*panel.lines, *own)))
+    panels = [replace(panel, lines=(*panel.lines, *_of_data_sets(panel, curves))) for panel in _ERRORS]
     return [*panels, *_other_errors(curves, {line.tag for panel in panels for line in panel.lines})]
+
+
+def _of_data_sets(panel: _Panel, curves: Mapping[str, Curve]) -> list[_Line]:
+    """Lines of the outputs of a panel's kind that data sets have of their own; each data set has a colour."""
+    lines: list[tuple[str, str, str]] = []
+    for tag in sorted(curves) if panel.output else ():
+        split, _, stem = tag.removesuffix("_mae").partition("/")
+        output, corrupted = _output_of(stem)
+        if tag.endswith("_mae") and output.endswith(f"_{panel.output}"):
+            kind = "denoising" if corrupted else "validation" if split == "val" else "training"
+            lines.append((tag, output.removesuffix(f"_{panel.output}"), kind))
+    hues = dict(zip(dict.fromkeys(name for _, name, _ in lines), cycle(_SPARE), strict=False))
+    return [
+        _Line(tag, f"{name}, {kind}", hues[name], "--" if kind == "denoising" else "-") for tag, name, kind in lines
+    ]
 
 
 def _other_errors(curves: Mapping[str, Curve], drawn: Collection[str]) -> list[_Panel]:
@@ -213,10 +223,6 @@ def _other_errors(curves: Mapping[str, Curve], drawn: Collection[str]) -> list[_
         )
         for name in names
     ]
-
-
-def _same(one: Curve, other: Curve) -> bool:
-    return np.array_equal(one.steps, other.steps) and np.array_equal(one.values, other.values, equal_nan=True)
 
 
 def _layout(count: int, width: float) -> tuple[Figure, list[Axes]]:
@@ -289,29 +295,6 @@ def _draw_training(ax: Axes, curve: Curve, line: _Line) -> None:
     if count < _BAND:
         ax.plot(curve.steps, curve.values, color=line.color, alpha=0.3, linewidth=0.4)
     else:
-        steps, low, high = _binned(curve, 5, 95)
+        steps, low, high = binned(curve, 5, 95)
         ax.fill_between(steps, low, high, color=line.color, alpha=0.2, linewidth=0)
-    ax.plot(*_median(curve), linewidth=1.2, **shown)
-
-
-def _median(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """Running median over 2% of the points, at least 21, at no more than `_BINS` steps: (steps, values)."""
-    count = len(curve.steps)
-    half = max(10, count // 100)
-    centres = np.unique(np.linspace(0, count - 1, min(count, _BINS)).round().astype(int))
-    windows = [slice(max(0, i - half), i + half + 1) for i in centres]
-    return curve.steps[centres], np.array([_finite(np.nanmedian, curve.values[w]) for w in windows])
-
-
-def _binned(curve: Curve, low: float, high: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Two percentiles of the points in each of `_BINS` bins: (steps, low, high)."""
-    bins = np.array_split(np.arange(len(curve.steps)), _BINS)
-    middle = [rows[len(rows) // 2] for rows in bins]
-    bounds = [_finite(np.nanpercentile, curve.values[rows], [low, high]) for rows in bins]
-    below, above = np.array([np.broadcast_to(bound, 2) for bound in bounds]).T
-    return curve.steps[middle], below, above
-
-
-def _finite(function, values: np.ndarray, *arguments):
-    """A statistic of the values that are numbers; NaN where none is."""
-    return function(values, *arguments) if not np.isnan(values).all() else np.nan
+    ax.plot(*running_median(curve), linewidth=1.2, **shown)

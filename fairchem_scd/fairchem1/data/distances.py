@@ -10,18 +10,13 @@ from ase import Atoms
 from ase.neighborlist import neighbor_list
 from torch import Tensor
 
+from fairchem_scd.denoising import periodic
+
 
 def nearest_images(row: Any, use_pbc: bool = True) -> Tensor:
-    """[N, N] distances by the minimum image convention in fractional coordinates, Å; infinite on the diagonal.
-
-    Exact where they are small against the cell, and never too small. Without `use_pbc` there are no images.
-    """
-    vectors = row.pos[:, None] - row.pos[None]
-    cell = row.cell.view(3, 3).to(row.pos) if getattr(row, "cell", None) is not None else None
-    if cell is not None and float(torch.linalg.det(cell).abs()) > 0:
-        fractional = vectors @ torch.linalg.inv(cell)
-        vectors = (fractional - fractional.round() * _periodic(row, use_pbc)) @ cell
-    return vectors.norm(dim=-1).fill_diagonal_(torch.inf)
+    """[N, N] distances between the atoms of a row: see `periodic.nearest_images`. Without `use_pbc` without images."""
+    cell = row.cell.view(3, 3) if getattr(row, "cell", None) is not None else torch.zeros(3, 3)
+    return periodic.nearest_images(row.pos, cell, _periodic(row, use_pbc))
 
 
 def neighbours(row: Any, cutoff: float, use_pbc: bool = True) -> tuple[np.ndarray, np.ndarray]:

@@ -8,12 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fairchem_scd.denoising.periodic import check_spots
 from fairchem_scd.errors import ConfigError, DataError
 from fairchem_scd.fairchem1.data.distances import nearest_images, neighbours
 from fairchem_scd.fairchem1.data.rows import check_batch
-
-_SAME_SPOT = 0.01
-"""Å. Atoms closer than this are one atom listed twice. The host would leave out their edge and train on the labels."""
 
 _SAMPLE = 32
 _ENOUGH = 100
@@ -131,9 +129,7 @@ def check_row(
             )
     check_batch(row, needed, max_num_elements, elements_key)
     distance = nearest_images(row, use_pbc)
-    if len(distance) > 1 and float(distance.min()) < _SAME_SPOT:
-        first, second = divmod(int(distance.argmin()), len(distance))
-        raise DataError(f"atoms {min(first, second)} and {max(first, second)} are on the same spot")
+    check_spots(distance)
     if alone and cutoff is not None and not _has_neighbours(row, distance, cutoff, use_pbc):
         raise DataError(f"no atom has a neighbour within {cutoff:g} Å, and {alone}")
 
