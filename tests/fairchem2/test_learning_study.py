@@ -141,9 +141,9 @@ def test_every_arm_is_run_with_both_kinds_of_forces_and_no_run_is_taken_twice(ru
         (forces, arm) for forces in ("direct", "conservative") for arm in (*learning.BESIDE, *learning.BEFORE)
     }
     assert {(run.data, run.labels, run.seed) for run in runs} == {("Mo", 24, 4)}
-    assert len(runs) == 10
+    assert len(runs) == 12
     learning.main(words)
-    assert len(runs) == 10
+    assert len(runs) == 12
 
 
 def test_oxides_train_energies_alone_and_have_no_arm_of_dens(runs, tmp_path):
@@ -166,7 +166,7 @@ def test_one_pre_training_serves_direct_and_conservative_forces_and_any_number_o
         trained(run, data, tmp_path / str(number), results)
     before, *after = host
     assert unit_of(before)["tasks"] == []
-    assert unit_of(before)["denoising"] == learning.BEFORE["SCD, then plain"]
+    assert unit_of(before)["denoising"] == {"scd": {"std": 0.04, "judge_condition": False}}
     assert contents(rows_of(before)) == contents(learning._splits(data, "Mo")[0])
     (start,) = {unit_of(config)["model"]["checkpoint_location"] for config in after}
     assert Path(start).read_text() == "checkpoint 1"
