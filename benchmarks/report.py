@@ -85,7 +85,8 @@ FEW = """\
 ## Few labels: pre-training on structures alone
 
 Each seed pre-trains anew, on the structures of all training data but the held-out fifth, without labels. "Change" is
-against plain training of the same seed.
+against plain training of the same seed. Molecules are frames of molecular dynamics of 88 molecules at 300 to 1000 K,
+labelled by GFN2-xTB (`benchmarks/molecules.py`); the test frames are later ones of the same trajectories.
 """
 LABELS = """\
 ![Test errors against the number of labels](figures/few_labels.png)
