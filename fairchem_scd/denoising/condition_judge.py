@@ -31,6 +31,7 @@ from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.corruption import Corruption
 from fairchem_scd.denoising.passes import DenoisingModel
 from fairchem_scd.denoising.plan import EMBEDDING, NOISE, VALIDATION, Pass, Plan
+from fairchem_scd.denoising.ranks import gathered
 from fairchem_scd.denoising.structures import Structures, identities, structures_of
 from fairchem_scd.denoising.tasks.base import DenoisingTask
 from fairchem_scd.errors import ConfigError
@@ -41,15 +42,7 @@ Key = tuple[str, str]
 Call = Callable[[Any, Plan], Mapping[str, Tensor]]
 """Calls the model with a batch and a plan, in eval mode and without gradients; returns what `passes.run_plan` does."""
 
-Gather = Callable[[Any], list[Any]]
-"""From one object of each rank to those of all, in the ranks' order. A collective call."""
-
 _TOLD = ("right", "other", "none")
-
-
-def on_one_rank(mine: Any) -> list[Any]:
-    """`Gather` where there is one rank alone."""
-    return [mine]
 
 
 @dataclass
@@ -82,7 +75,6 @@ class ConditionJudge:
         model: which has the task.
         task: whose noisy pass is conditioned on an embedding.
         call: the model's.
-        gather: over the ranks.
         structures: a batch as tasks see it.
         names: of a batch's structures, which tell them apart and key their noise.
 
@@ -98,11 +90,10 @@ class ConditionJudge:
         model: DenoisingModel,
         task: DenoisingTask,
         call: Call,
-        gather: Gather = on_one_rank,
         structures: Callable[[Any], Structures] = structures_of,
         names: Callable[[Any], list[str]] = identities,
     ) -> None:
-        self.model, self.task, self.call, self.gather = model, task, call, gather
+        self.model, self.task, self.call = model, task, call
         self.structures, self.names = structures, names
         if model.denoising[task.name].condition is None:
             raise ConfigError(f"{key_of(task.name)}: nothing to judge: its passes are told no embedding")
@@ -143,7 +134,7 @@ class ConditionJudge:
     def pair(self) -> None:
         """Find every structure's partner. A collective call."""
         mine = list(self._mine.values())
-        for keys, embeddings in self.gather((list(self._mine), torch.stack(mine) if mine else torch.empty(0))):
+        for keys, embeddings in gathered((list(self._mine), torch.stack(mine) if mine else torch.empty(0))):
             self._told.update(zip(keys, embeddings, strict=True))
         self._told = dict(sorted(self._told.items()))
         self._others = {what: self._told[partner] for what, partner in partners(self._told).items()}
@@ -167,7 +158,7 @@ class ConditionJudge:
     def report(self) -> ConditionReport | None:
         """What was found, over all ranks: the same on each. None: there is no other structure. A collective call."""
         merged: dict[Key, Score] = {}
-        for scores in reversed(self.gather(self.scores)):
+        for scores in reversed(gathered(self.scores)):
             merged.update(scores)
         # Where a host ends both sweeps early, a loader that shuffles may have read a structure in one of them alone.
         scores = [score for _, score in sorted(merged.items()) if self._others and len(score.absolute) == len(_TOLD)]

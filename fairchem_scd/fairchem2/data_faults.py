@@ -14,6 +14,7 @@ import torch
 from fairchem.core.common import distutils
 from fairchem.core.datasets.atomic_data import AtomicData
 
+from fairchem_scd.denoising.ranks import gathered
 from fairchem_scd.errors import DataError
 from fairchem_scd.fairchem2.rows import with_advice
 
@@ -79,11 +80,7 @@ class DataFaults:
         Raises:
             DataError: one has; the message names the row.
         """
-        seen = [self.stops_at]
-        if distutils.get_world_size() > 1:
-            seen = [None] * distutils.get_world_size()
-            torch.distributed.all_gather_object(seen, self.stops_at)
-        for line in seen:
+        for line in gathered(self.stops_at):
             if line is not None:
                 raise DataError(line)
 

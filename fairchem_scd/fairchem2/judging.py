@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from fairchem.core.common import distutils
 from fairchem.core.datasets.atomic_data import AtomicData
 from fairchem.core.units.mlip_unit.mlip_unit import Task
 from fairchem.core.units.mlip_unit.utils import tf32_context_manager
@@ -74,7 +73,7 @@ class JudgedValidation:
 def judge_of(
     model: DenoisingHydra, task: DenoisingTask, host_tasks: Sequence[Task], *, tf32: bool = False
 ) -> ConditionJudge:
-    """A judge of batches of this host, over all ranks.
+    """A judge of batches of this host.
 
     Args:
         model: in eval mode.
@@ -90,13 +89,4 @@ def judge_of(
     def structures(data: AtomicData) -> Any:
         return structures_of(data, model.adapter.periodic(data.pbc), host_tasks)
 
-    return ConditionJudge(model, task, call, gathered, structures, identities)
-
-
-def gathered(mine: Any) -> list[Any]:
-    """One object of each rank, in the ranks' order. A collective call."""
-    if distutils.get_world_size() == 1:
-        return [mine]
-    found = [None] * distutils.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
-    return found
+    return ConditionJudge(model, task, call, structures, identities)

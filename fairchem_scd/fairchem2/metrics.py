@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from fairchem.core.common import distutils
 from torch import Tensor
+
+from fairchem_scd.denoising.ranks import gathered
 
 
 class Measured:
@@ -49,12 +50,8 @@ class Measured:
 
     def means_of_all_ranks(self) -> dict[str, float]:
         """The mean over the items of all ranks. A collective call."""
-        ranks = [self.sums()]
-        if distutils.get_world_size() > 1:
-            ranks = [None] * distutils.get_world_size()
-            torch.distributed.all_gather_object(ranks, self.sums())
         whole: dict[str, tuple[float, int]] = {}
-        for sums in ranks:
+        for sums in gathered(self.sums()):
             for name, (total, count) in sums.items():
                 summed, counted = whole.get(name, (0.0, 0))
                 whole[name] = summed + total, counted + count

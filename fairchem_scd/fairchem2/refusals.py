@@ -27,7 +27,6 @@ from fairchem_scd.host import TESTED
 
 UNIT = "runner.train_eval_unit"
 
-
 _SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
     MLIPTrainEvalUnit.train_step: ("self", "state", "data"),
     MLIPTrainEvalUnit.eval_step: ("self", "state", "data"),

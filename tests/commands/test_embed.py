@@ -577,3 +577,28 @@ def test_a_map_is_written_in_print_size(ending, files, tmp_path):
         figure = embedding_map.draw(table())
     assert figure.get_size_inches()[0] == style.SINGLE
     assert all(text.get_fontsize() >= 8 for text in figure.findobj(lambda artist: hasattr(artist, "get_fontsize")))
+
+
+def test_sweeps_of_the_judge_number_their_rows_whether_a_bar_is_shown_or_not():
+    from fairchem_scd.commands.embed.sweeps import judged
+
+    for progress in (False, True):
+        seen = []
+        judge = SimpleNamespace(
+            first="first", second="second", pair=lambda seen=seen: seen.append("pair"), report=lambda: "report"
+        )
+        found = judged(
+            judge,
+            lambda: iter([["a", "b"], ["c"]]),
+            lambda sweep, rows, first, seen=seen: seen.append((sweep, rows, first)),
+            size=3,
+            progress=progress,
+        )
+        assert found == "report"
+        assert seen == [
+            ("first", ["a", "b"], 0),
+            ("first", ["c"], 2),
+            "pair",
+            ("second", ["a", "b"], 0),
+            ("second", ["c"], 2),
+        ]

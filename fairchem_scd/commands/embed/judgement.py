@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from fairchem.core.datasets import data_list_collater
 from torch_geometric.data import Data
-from tqdm import tqdm
 
 from fairchem_scd.commands.embed.asked import device_of
 from fairchem_scd.commands.embed.embedding_run import INPUT
 from fairchem_scd.commands.embed.embeddings import Weights, batches_of, load_model
+from fairchem_scd.commands.embed.sweeps import judged
 from fairchem_scd.denoising.condition_judge import ConditionJudge
 from fairchem_scd.denoising.condition_report import ConditionReport
 from fairchem_scd.denoising.passes import embedding_task
@@ -62,21 +63,12 @@ def judge(
     keys = (*INPUT, *_NAMES, *sorted(task.labels - {"tags"}))
     found = ConditionJudge(model, task, model, structures=model.structures_of)
     size = len(dataset) if limit is None else min(limit, len(dataset))
-    sweeps = (("told the right embedding", found.first), ("told others, and none", found.second))
+
+    def run(sweep: Callable[[Any], None], rows: Sequence[Any], first: int) -> None:
+        _run(sweep, rows, keys, task.labels, model, device)
+
     with torch.no_grad():
-        for what, run in sweeps:
-            if run == found.second:
-                found.pair()
-            with tqdm(total=size, desc=what, unit=" structures", disable=not progress) as bar:
-                for rows in batches_of(dataset, size, batch_size):
-                    _run(run, rows, keys, task.labels, model, device)
-                    bar.update(len(rows))
-        report = found.report()
-    if report is None:
-        raise ConfigError(
-            "--judge: the data has no two different structures with noise and an embedding; judge on more of it, or on "
-            "another --split"
-        )
+        report = judged(found, partial(batches_of, dataset, size, batch_size), run, size=size, progress=progress)
     return report, not model.self_supervised
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from fairchem.core.datasets.atomic_data import AtomicData
 from torch import nn
-from tqdm import tqdm
 
 from fairchem_scd.commands.embed.asked import device_of
+from fairchem_scd.commands.embed.sweeps import judged
 from fairchem_scd.commands.fairchem2 import checkpoints
 from fairchem_scd.commands.fairchem2.embeddings import LABELS, batches_of, collated
 from fairchem_scd.denoising.condition_report import ConditionReport
@@ -61,20 +62,11 @@ def judge(
     model.to(device)
     found = judge_of(model, task, ())  # `_batch` calls forces by that name
     size = len(dataset) if limit is None else min(limit, len(dataset))
-    sweeps = (("told the right embedding", found.first), ("told others, and none", found.second))
-    for what, run in sweeps:
-        if run == found.second:
-            found.pair()
-        with tqdm(total=size, desc=what, unit=" structures", disable=not progress) as bar:
-            for rows in batches_of(dataset, size, batch_size):
-                run(_batch(rows, bar.n, stored, task.labels, model.backbone.max_num_elements).to(device))
-                bar.update(len(rows))
-    report = found.report()
-    if report is None:
-        raise ConfigError(
-            "--judge: the data has no two different structures with noise and an embedding; judge on more of it, or on "
-            "another --split"
-        )
+
+    def run(sweep: Callable[[AtomicData], None], rows: Sequence[AtomicData], first: int) -> None:
+        sweep(_batch(rows, first, stored, task.labels, model.backbone.max_num_elements).to(device))
+
+    report = judged(found, partial(batches_of, dataset, size, batch_size), run, size=size, progress=progress)
     return report, stored.supervised
 
 

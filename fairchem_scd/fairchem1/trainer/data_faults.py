@@ -21,6 +21,7 @@ from fairchem.core.common import distutils
 from torch import Tensor
 
 from fairchem_scd.denoising.adapter import Adapter
+from fairchem_scd.denoising.ranks import gathered
 from fairchem_scd.errors import DataError
 from fairchem_scd.fairchem1.data.guarded import check_row
 
@@ -73,11 +74,7 @@ class DataFaults:
         Raises:
             DataError: one has; the message names the row.
         """
-        seen = [self.stops_at]
-        if distutils.get_world_size() > 1:
-            seen = [None] * distutils.get_world_size()
-            torch.distributed.all_gather_object(seen, self.stops_at)
-        for line in seen:
+        for line in gathered(self.stops_at):
             if line is not None:
                 raise DataError(f"{line}. With task.denoising.on_bad_data: skip such rows are left out")
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from fairchem.core.common import distutils
 from torch import Tensor
 
 from fairchem_scd.denoising.condition_judge import ConditionJudge, noisy_pass
@@ -44,7 +43,7 @@ class JudgingMixin:
         task = next((task for task in tasks if task.judges_condition), None)
         if task is not None:
             model = self._unwrapped_model
-            self._judge = ConditionJudge(model, task, self._call, _of_all_ranks, model.structures_of)
+            self._judge = ConditionJudge(model, task, self._call, model.structures_of)
         self._judged_split = split
         try:
             return super().validate(split, disable_tqdm)
@@ -81,11 +80,3 @@ class JudgingMixin:
         # Not through DDP, which would send buffers around.
         with torch.autocast("cuda", enabled=self.scaler is not None):
             return self._unwrapped_model(batch, plan)
-
-
-def _of_all_ranks(mine: Any) -> list[Any]:
-    if distutils.get_world_size() == 1:
-        return [mine]
-    found = [None] * distutils.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
-    return found
