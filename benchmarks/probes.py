@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from benchmarks import learning, structures
+from benchmarks import databases, learning, structures
 from benchmarks.common import existing_folder, use_threads
 from benchmarks.results import Results, environment, key_of
 from benchmarks.structures import KeptAseDB, Splits
@@ -121,10 +121,10 @@ def load(name: str, folder: Path) -> tuple[list[Atoms], list[Atoms], dict[str, t
     Energies per atom are those beyond a sum over elements fitted to the training structures.
     """
     parts, found = [], []
-    for file in structures.FILES[name]:
+    for file in databases.FILES[name]:
         with ase.db.connect(str(folder / file)) as db:
             rows = list(db.select())
-        atoms = [structures.repeated(row.toatoms()) for row in rows]
+        atoms = [databases.repeated(row.toatoms()) for row in rows]
         parts.append(atoms)
         said = {"energy": np.array([a.get_potential_energy() / len(a) for a in atoms])}
         if name == "molecules":
@@ -133,8 +133,8 @@ def load(name: str, folder: Path) -> tuple[list[Atoms], list[Atoms], dict[str, t
             said["volume"] = np.array([a.get_volume() / len(a) for a in atoms])
             said["group"] = np.array([row.key_value_pairs["group"] for row in rows])
         found.append(said)
-    shares = [np.stack([np.bincount(a.numbers, minlength=100) / len(a) for a in atoms]) for atoms in parts]
-    of_elements = np.linalg.lstsq(shares[0], found[0]["energy"], rcond=None)[0]
+    shares = [databases.shares_of_elements(atoms) for atoms in parts]
+    of_elements = databases.reference_energies(shares[0], found[0]["energy"])
     for said, share in zip(found, shares, strict=True):
         said["energy"] -= share @ of_elements
     return parts[0], parts[1], {name: (found[0][name], found[1][name]) for name in found[0]}

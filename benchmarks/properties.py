@@ -28,7 +28,7 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from benchmarks import learning, structures
+from benchmarks import databases, learning, structures
 from benchmarks.common import DENOISING, PLAIN, existing_folder, make_trainer, use_threads
 from benchmarks.neighbors import KeptNeighbors
 from benchmarks.results import Results, environment
@@ -91,7 +91,7 @@ def _read(path: Path) -> list[Atoms]:
     found = []
     with ase.db.connect(str(path)) as rows:
         for row in rows.select():
-            atoms = structures.repeated(row.toatoms())
+            atoms = databases.repeated(row.toatoms())
             atoms.calc = SinglePointCalculator(atoms, energy=row.data["gap"])
             found.append(atoms)
     return found

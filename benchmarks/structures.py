@@ -13,24 +13,13 @@ import ase.db
 import numpy as np
 from ase import Atoms
 from ase.build import bulk
-from ase.calculators.singlepoint import SinglePointCalculator
 from fairchem.core.common.registry import registry
 from fairchem.core.datasets.ase_datasets import AseDBDataset
 
+from benchmarks import databases
 from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
 
-FILES = {
-    "Mo": ("mlearn_Mo_train.db", "mlearn_Mo_test.db"),
-    "Li": ("mlearn_Li_train.db", "mlearn_Li_test.db"),
-    "oxides": ("oxides.db", None),
-    "molecules": ("molecules_train.db", "molecules_test.db"),
-}
-"""ASE databases by the name of the data: of training and of testing; None: a fifth of the first.
-
-Those of molecules are made by `python -m benchmarks.molecules FOLDER`.
-"""
-
-LABELLED = (*FILES, "slabs")
+LABELLED = (*databases.FILES, "slabs")
 """Data with energies and forces. `slabs`: metal slabs with adsorbates by ASE's effective medium theory."""
 
 UNLABELLED = ("two_atoms", "four_atoms", "eight_atoms")
@@ -61,15 +50,10 @@ def load(name: str, folder: Path | None) -> Splits:
 
     Args:
         name: one of `LABELLED` or `UNLABELLED`.
-        folder: of the databases in `FILES`; not needed for what is made here.
+        folder: of the databases in `databases.FILES`; not needed for what is made here.
     """
-    if name in FILES:
-        first, second = FILES[name]
-        train = _read(folder / first)
-        if second is None:
-            test, train = _parted(train, 0.2, seed=1)
-        else:
-            test = _read(folder / second)
+    if name in databases.FILES:
+        train, test = databases.read(name, folder)
     elif name == "slabs":
         made = [atoms for atoms, _, _ in emt_slabs(sum(_SLABS), seed=0)]
         train, test = made[: _SLABS[0]], made[_SLABS[0] :]
@@ -83,31 +67,8 @@ def load(name: str, folder: Path | None) -> Splits:
 
 def split(known: list[Atoms], test: list[Atoms]) -> Splits:
     """The splits of structures that may be trained on, of which a fifth is held out, and others for the last look."""
-    held_out, train = _parted(known, 0.2, seed=0)
+    held_out, train = databases.parted(known, 0.2, seed=0)
     return Splits(train, held_out, test)
-
-
-def _parted(items: list[Atoms], share: float, seed: int) -> tuple[list[Atoms], list[Atoms]]:
-    """A random share of the items, and the rest."""
-    order = np.random.default_rng(seed).permutation(len(items))
-    count = round(share * len(items))
-    return [items[i] for i in order[:count]], [items[i] for i in order[count:]]
-
-
-def _read(path: Path) -> list[Atoms]:
-    with ase.db.connect(str(path)) as db:
-        return [repeated(row.toatoms()) for row in db.select()]
-
-
-def repeated(atoms: Atoms) -> Atoms:
-    """Molecules in a cell so large that no atom meets an image of another; what has a cell, as it is."""
-    if atoms.cell.rank:
-        return atoms
-    labels = atoms.calc.results
-    atoms.center(vacuum=5.0)
-    atoms.pbc = True
-    atoms.calc = SinglePointCalculator(atoms, energy=labels["energy"], forces=labels["forces"])
-    return atoms
 
 
 def _two_atoms(rng: np.random.Generator) -> Atoms:

@@ -34,17 +34,14 @@ from fairchem.core import FAIRChemCalculator
 from fairchem.core._cli import main as fairchem
 from fairchem.core.common import distutils
 
+from benchmarks import databases
 from benchmarks.results import Results, environment, key_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "fairchem2.jsonl"
-FILES = {
-    "Mo": ("mlearn_Mo_train.db", "mlearn_Mo_test.db"),
-    "Li": ("mlearn_Li_train.db", "mlearn_Li_test.db"),
-    "oxides": ("oxides.db", None),
-}
-"""ASE databases by the name of the data: of training and of testing; None: a fifth of the first."""
+DATA = ("Mo", "Li", "oxides")
 FORCES = ("direct", "conservative")
 NO_FORCES = "none"
+_ENERGIES_ALONE = ("oxides",)
 _UNIT = "fairchem.core.units.mlip_unit.mlip_unit"
 _UMA = "fairchem.core.models.uma"
 _OURS = "fairchem_scd.DenoisingTrainEvalUnit"
@@ -110,7 +107,7 @@ def train(run: Run, data: Path, folder: Path, results: Results, here: Mapping[st
         Mean absolute errors of energies [eV per atom] and, where they are trained, of force components [eV/Å] on the
         test structures; and the processor time of training in seconds.
     """
-    structures, test = _splits(data, run.data)
+    structures, test = databases.read(run.data, data)
     order = np.random.default_rng([run.seed, 1]).permutation(len(structures))
     labelled = [structures[i] for i in order[: run.labels]]
     _write(folder / "few/few.aselmdb", labelled)
@@ -237,9 +234,9 @@ def _tasks(labelled: Sequence[Atoms], forces: str) -> list[dict[str, Any]]:
     Both are normalised by the forces' root mean square; energies alone by their own, per structure.
     """
     atoms_each = np.array([len(atoms) for atoms in labelled])
-    shares = np.stack([np.bincount(atoms.numbers, minlength=100) for atoms in labelled]) / atoms_each[:, None]
+    shares = databases.shares_of_elements(labelled)
     per_atom = np.array([atoms.get_potential_energy() for atoms in labelled]) / atoms_each
-    of_elements = np.linalg.lstsq(shares, per_atom, rcond=None)[0]
+    of_elements = databases.reference_energies(shares, per_atom)
     sizes = (per_atom - shares @ of_elements) * atoms_each
     if forces != NO_FORCES:
         sizes = np.concatenate([atoms.get_forces().ravel() for atoms in labelled])
@@ -361,22 +358,6 @@ def _config(
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def _splits(folder: Path, name: str) -> tuple[list[Atoms], list[Atoms]]:
-    """The structures for training and for the last look."""
-    first, second = FILES[name]
-    train = _read(folder / first)
-    if second is not None:
-        return train, _read(folder / second)
-    order = np.random.default_rng(1).permutation(len(train))
-    count = round(0.2 * len(train))
-    return [train[i] for i in order[count:]], [train[i] for i in order[:count]]
-
-
-def _read(path: Path) -> list[Atoms]:
-    with ase.db.connect(str(path)) as rows:
-        return [row.toatoms() for row in rows.select()]
-
-
 def _write(path: Path, structures: Sequence[Atoms]) -> None:
     path.parent.mkdir()
     with ase.db.connect(str(path)) as rows:
@@ -391,7 +372,7 @@ def _write(path: Path, structures: Sequence[Atoms]) -> None:
 def chosen(options: argparse.Namespace) -> Iterator[Run]:
     """The runs that the options ask for, in an order that gives whole comparisons early."""
     for data, kind, seed in product(options.only, options.forces, options.seeds):
-        forces = kind if FILES[data][1] else NO_FORCES
+        forces = NO_FORCES if data in _ENERGIES_ALONE else kind
         if forces == NO_FORCES and kind != options.forces[0]:
             continue
         for arm in options.arms:
@@ -404,7 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fairchem2.learning", description=__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="FOLDER", help="folder of the ASE databases")
-    add("--only", nargs="+", choices=FILES, default=list(FILES), metavar="DATA", help="these data alone")
+    add("--only", nargs="+", choices=DATA, default=list(DATA), metavar="DATA", help="these data alone")
     add("--forces", nargs="+", choices=FORCES, default=list(FORCES), metavar="KIND", help="direct, conservative")
     add("--arms", nargs="+", choices=(*BESIDE, *BEFORE), default=[*BESIDE, *BEFORE], metavar="ARM", help="these alone")
     add("--labels", type=int, default=24, metavar="N", help="structures with labels (default: 24)")

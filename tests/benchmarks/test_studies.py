@@ -19,7 +19,7 @@ from fairchem.core.datasets import data_list_collater
 from fairchem.core.models.base import HydraModel
 from fairchem.core.preprocessing import AtomsToGraphs
 
-from benchmarks import condition, condition_tables, learning, probes, report, structures, tables
+from benchmarks import condition, condition_tables, databases, learning, probes, report, structures, tables
 from benchmarks.neighbors import KeptNeighbors
 from benchmarks.noise import judge, judged, mean_of_structures, noise_errors, of_structures, told_differences
 from benchmarks.results import Results, key_of
@@ -135,7 +135,7 @@ def test_molecules_stand_in_cells_too_large_to_meet_their_images_and_keep_their_
     splits = structures.load("molecules", tmp_path)
     assert [len(splits.train), len(splits.held_out), len(splits.test)] == [4, 1, 5]
     path = structures.write(splits.test, tmp_path / "written.db")
-    for read in structures._read(Path(path)):
+    for read in databases.read_file(Path(path)):
         assert read.get_potential_energy() == -1.5
         assert np.array_equal(read.get_forces(), np.eye(3))
         assert np.allclose(read.get_all_distances(), water.get_all_distances())

@@ -12,6 +12,7 @@ import torch
 import yaml
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from benchmarks import databases
 from benchmarks.fairchem2 import learning
 from benchmarks.results import Results
 from tests.fairchem2.support import batch_of, crystals
@@ -75,7 +76,7 @@ def trained(run, data, folder, results):
 
 @pytest.mark.parametrize(("name", "sizes"), [("oxides", (8, 2)), ("Mo", (10, 10))])
 def test_splits_share_no_structure_and_are_the_same_at_each_call(name, sizes, data):
-    first, again = learning._splits(data, name), learning._splits(data, name)
+    first, again = databases.read(name, data), databases.read(name, data)
     assert tuple(map(len, first)) == sizes
     assert not contents(first[0]) & contents(first[1])
     for one, other in zip(first, again, strict=True):
@@ -87,7 +88,7 @@ def test_all_arms_of_a_seed_have_the_same_labels_none_of_them_of_a_test_structur
     for number, (arm, seed) in enumerate([("plain", 0), ("DeNS", 0), ("plain", 1)]):
         trained(learning.Run("Mo", "direct", arm, 4, seed), data, tmp_path / str(number), results)
     plain, dens, other = (rows_of(config) for config in host)
-    train, _ = learning._splits(data, "Mo")
+    train, _ = databases.read("Mo", data)
     assert len(plain) == 4
     assert contents(plain) == contents(dens) != contents(other)
     assert contents(plain) | contents(other) <= contents(train)
@@ -167,7 +168,7 @@ def test_one_pre_training_serves_direct_and_conservative_forces_and_any_number_o
     before, *after = host
     assert unit_of(before)["tasks"] == []
     assert unit_of(before)["denoising"] == {"scd": {"std": 0.04, "judge_condition": False}}
-    assert contents(rows_of(before)) == contents(learning._splits(data, "Mo")[0])
+    assert contents(rows_of(before)) == contents(databases.read("Mo", data)[0])
     (start,) = {unit_of(config)["model"]["checkpoint_location"] for config in after}
     assert Path(start).read_text() == "checkpoint 1"
     direct = [unit_of(config)["model"]["overrides"]["backbone"]["direct_forces"] for config in after]
