@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,19 @@ _CELLS = Model(neighbors=60, mixed_sizes=False)
 _REAL = {"oxides": Model(radius=3.5, neighbors=60), "slabs": Model(neighbors=60)}
 
 
-def suite(name: str, seeds: list[int], data: list[str] | None, steps: int | None) -> Iterator[Run]:
+def suite(
+    name: str, seeds: list[int], data: list[str] | None, steps: int | None, forms: list[str] | None = None
+) -> Iterator[Run]:
     """The runs of a suite, seed by seed, so that what is there at any time compares like with like.
 
     Args:
         data: these alone; None: all of the suite's.
         steps: instead of the suite's.
+        forms: these alone, in the order of `FORMS`; None: all of the suite's.
     """
+
+    def chosen(usual: Iterable[str]) -> Iterator[str]:
+        return (form for form in usual if forms is None or form in forms)
 
     def length(usual: int, batch_size: int) -> Length:
         return Length(steps or usual, batch_size, 1e-3, weight_decay=0.01, clip=1.0)
@@ -86,16 +92,16 @@ def suite(name: str, seeds: list[int], data: list[str] | None, steps: int | None
     for seed in seeds:
         if name == "small":
             for rung in data or ("two_atoms", "four_atoms", "eight_atoms"):
-                for form in (*_THREE, "mask token"):
+                for form in chosen((*_THREE, "mask token")):
                     yield Run(rung, form, _STD[rung], _CELLS, length(2000, 16), seed)
         elif name == "real":
             for rung in data or ("oxides", "Mo", "Li", "slabs"):
-                for form in _THREE:
+                for form in chosen(_THREE):
                     yield Run(rung, form, 0.04, _REAL.get(rung, Model()), length(1200, 8), seed)
         elif name == "frontier":
             for rung in data or ("four_atoms",):
                 for channels in (16, 32, 64, 128):
-                    for form in _THREE:
+                    for form in chosen(_THREE):
                         model = replace(_CELLS, channels=channels)
                         yield Run(rung, form, _STD[rung], model, length(2000, 16), seed)
         else:
@@ -128,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_flush_denormal(True)  # radial bases make many numbers too small to count, and slow
     logging.getLogger().setLevel(logging.ERROR)
     results, here = Results(options.results), environment()
-    for run in suite(options.suite, options.seeds, options.only, options.steps):
+    for run in suite(options.suite, options.seeds, options.only, options.steps, options.forms):
         with results.claimed(asdict(run)) as mine:
             if not mine:
                 continue
@@ -151,6 +157,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("suite", choices=SUITES, help="small: cells made here; real: DFT data and slabs; frontier: other widths")
     add("--data", type=existing_folder, metavar="FOLDER", help="folder of the ASE databases")
     add("--only", nargs="+", metavar="DATA", help="these data alone")
+    add("--forms", nargs="+", choices=FORMS, metavar="FORM", help="these forms of the condition alone")
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
     add("--steps", type=int, metavar="N", help="instead of the suite's own number")
     add("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines, one a finished run; appended to")

@@ -100,6 +100,8 @@ STARTS: dict[str, dict[str, Any]] = {
     "SCD": {"scd": {"std": 0.04}},
     "difference form": {"scd": {"std": 0.04}, "difference": True},
     "plain denoising twice as long": {"scd": {"condition": [], "std": 0.04}, "times": 2},
+    "plain denoising, σ 0.02": {"scd": {"condition": [], "std": 0.02}},
+    "plain denoising, σ 0.1": {"scd": {"condition": [], "std": 0.1}},
 }
 """Pre-trainings, each an arm called `START, then TASK`.
 
@@ -124,6 +126,7 @@ class Suite:
         budgets: numbers of labels, None for all, in groups: a group is run for all seeds before the next.
         before: how long pre-training is.
         tuned: learning rate of arms that are pre-trained, by the number of steps; else that of `lengths`.
+        points: how often a run looks at the held-out structures.
     """
 
     data: tuple[str, ...]
@@ -134,6 +137,7 @@ class Suite:
     before: Length
     quiet_heads: bool = True
     tuned: Mapping[int, float] = field(default_factory=dict)
+    points: int = 5
 
     def runs(self, seeds: Sequence[int]) -> Iterator[Run]:
         """All runs, in an order that gives whole comparisons early."""
@@ -199,7 +203,7 @@ SUITES = {
         data=("oxides",),
         lengths=(Length(300, 8, 2e-3),),
     ),
-    "long": replace(_FEW, budgets=((None,),), arms=_BESIDE, lengths=(Length(1200, 4, 2e-3),)),
+    "long": replace(_FEW, data=_METALS, budgets=((None,),), arms=_BESIDE, lengths=(Length(3000, 4, 1e-3),), points=12),
     "tune": Suite(("Mo",), ((96,),), (PLAIN, *TASKS), SMALL, (Length(600, 4, 2e-3),), _BEFORE),
     "equiformer": Suite(
         ("Mo",),
@@ -233,6 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
                 start=start_of(run, splits, results, here, suite=options.suite),
                 quiet_heads=run.quiet_heads,
                 forces=run.data not in _ENERGIES_ALONE,
+                points=SUITES[options.suite].points,
             )
             results.append({"suite": options.suite, "run": asdict(run), "scores": scores, **here})
             found = ", ".join(f"{name} {1000 * value:.1f}" for name, value in scores["test"].items())
