@@ -69,7 +69,11 @@ _STD = {"two_atoms": 0.1, "four_atoms": 0.06, "eight_atoms": 0.06}
 
 _THREE = ("plain", "difference", "embedding")
 _CELLS = Model(neighbors=60, mixed_sizes=False)
-_REAL = {"oxides": Model(radius=3.5, neighbors=60), "slabs": Model(neighbors=60)}
+_REAL = {
+    "oxides": Model(radius=3.5, neighbors=60),
+    "slabs": Model(neighbors=60),
+    "molecules": Model(radius=4.5, neighbors=60),
+}
 
 
 def suite(
@@ -99,16 +103,30 @@ def suite(
                 for form in chosen(_THREE):
                     yield Run(rung, form, 0.04, _REAL.get(rung, Model()), length(1200, 8), seed)
         elif name == "frontier":
-            for rung in data or ("four_atoms",):
-                for channels in (16, 32, 64, 128):
-                    for form in chosen(_THREE):
-                        model = replace(_CELLS, channels=channels)
-                        yield Run(rung, form, _STD[rung], model, length(2000, 16), seed)
+            for rung in data or ("molecules",):
+                model = _REAL.get(rung, _CELLS)
+                for setting in around(Run(rung, "", _STD.get(rung, 0.04), model, length(1000, 32), seed)):
+                    for form in chosen(("plain", "embedding")):
+                        yield replace(setting, form=form)
         else:
             raise ValueError(f"unknown suite {name!r}; known: {', '.join(SUITES)}")
 
 
 SUITES = ("small", "real", "frontier")
+
+
+def around(run: Run) -> Iterator[Run]:
+    """A run, and runs that differ from it in one setting each."""
+    yield run
+    for count in (100, 500):
+        yield replace(run, count=count)
+    for std in (0.01, 0.1, 0.2):
+        yield replace(run, std=std)
+    for channels in (16, 32, 128):
+        yield replace(run, model=replace(run.model, channels=channels))
+    for layers in (2, 5):
+        yield replace(run, model=replace(run.model, layers=layers))
+    yield replace(run, length=replace(run.length, batch_size=8))
 
 
 def train(run: Run, folder: Path | None) -> dict[str, Any]:
@@ -139,7 +157,8 @@ def main(arguments: list[str] | None = None) -> None:
             if not mine:
                 continue
             scores = train(run, options.data)
-            results.append({"suite": options.suite, "run": asdict(run), "scores": scores, **here})
+            count = run.count or len(structures.load(run.data, options.data).train)
+            results.append({"suite": options.suite, "run": asdict(run), "structures": count, "scores": scores, **here})
             last = scores["curve"][-1]
             told = ", ".join(f"{name} {last[name][0]:.4f}" for name in ("right", "other", "none") if name in last)
             print(f"{run.data}, {run.form}, {run.model.channels} channels, seed {run.seed}: {told}", flush=True)
@@ -154,7 +173,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("suite", choices=SUITES, help="small: cells made here; real: DFT data and slabs; frontier: other widths")
+    add("suite", choices=SUITES, help="small: cells made here; real: DFT data and slabs; frontier: one setting varied")
     add("--data", type=existing_folder, metavar="FOLDER", help="folder of the ASE databases")
     add("--only", nargs="+", metavar="DATA", help="these data alone")
     add("--forms", nargs="+", choices=FORMS, metavar="FORM", help="these forms of the condition alone")

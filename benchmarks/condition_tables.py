@@ -12,12 +12,12 @@ from fairchem_scd.denoising.condition_report import Gain
 
 def ladder_table(records: list[Record]) -> str:
     """Noise errors at the end of each run, and what the condition explains."""
-    plain = {_but_form(r): r for r in records if r["run"]["form"] == "plain"}
+    plain = {but_form(r): r for r in records if r["run"]["form"] == "plain"}
     rows = []
     for record in sorted(records, key=lambda r: (r["run"]["data"], r["run"]["model"]["channels"], r["run"]["seed"])):
         run, last = record["run"], record["scores"]["curve"][-1]
-        cells = [_with_error(last.get(told)) for told in ("right", "other", "none")]
-        beside = plain.get(_but_form(record))
+        cells = [with_error(last.get(told)) for told in ("right", "other", "none")]
+        beside = plain.get(but_form(record))
         ratio = ""
         if beside is not None and run["form"] != "plain":
             ratio = ratio_of(record["scores"]["structures"]["right"], beside["scores"]["structures"]["none"])
@@ -45,9 +45,9 @@ def pretrained_table(records: list[Record]) -> str:
         rows.append(
             [
                 *(data, str(channels_), str(steps), str(seed), _told(record)),
-                *(_with_error(last[told]) for told in ("right", "other", "none")),
+                *(with_error(last[told]) for told in ("right", "other", "none")),
                 f"{difference / its_error:.1f}",
-                _with_error(beside["scores"]["curve"][-1]["none"]),
+                with_error(beside["scores"]["curve"][-1]["none"]),
                 ratio_of(errors["right"], beside["scores"]["structures"]["none"]),
                 f"{last['dimensions']:.1f}",
             ]
@@ -106,9 +106,11 @@ def ratio_of(errors: Sequence[float], others: Sequence[float]) -> str:
     return f"{1 - gain.value:.3f} ± {gain.error:.3f}"
 
 
-def _with_error(pair: Sequence[float] | None) -> str:
+def with_error(pair: Sequence[float] | None) -> str:
+    """A mean and its standard error; nothing where there is none."""
     return "" if pair is None else f"{pair[0]:.4f} ± {pair[1]:.4f}"
 
 
-def _but_form(record: Record) -> str:
+def but_form(record: Record) -> str:
+    """A name for all settings of a run of `benchmarks.condition` but the form of its condition."""
     return repr(sorted((key, repr(value)) for key, value in record["run"].items() if key != "form"))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.condition_tables import ladder_table, pretrained_table, pretrainings, probes_table
 from benchmarks.figures import draw_curves, draw_labels, draw_ladder
+from benchmarks.frontier import draw_frontier, frontier_table
 from benchmarks.results import Results
 from benchmarks.tables import (
     Record,
@@ -44,6 +45,7 @@ def sections(
     gaps, second = ([r for r in records if "arm" in r["run"]] for records in (properties, fairchem2))
     few, long = trained(learning, "few", "energies", "molecules"), trained(learning, "long")
     before = pretrainings(learning)
+    ladder, varied = parted(condition)
     several = widest(few) if budgets(widest(few)) > 1 else []
     longer = trained(learning, "compute")
     shared = {(r["run"]["data"], r["run"]["labels"]) for r in longer}
@@ -61,13 +63,22 @@ def sections(
         ),
         "long": (long, LONG, lambda: arms_table(long)),
         "tune": (trained(learning, "tune"), TUNE, lambda: arms_table(trained(learning, "tune"), split="held_out")),
-        "condition": (condition, CONDITION, lambda: ladder_table(condition)),
+        "condition": (ladder, CONDITION, lambda: ladder_table(ladder)),
+        "frontier": (varied, FRONTIER, lambda: frontier_table(varied)),
         "pretraining": (before, PRETRAINING, lambda: pretrained_table(before)),
         "probes": (list(probes), PROBES, lambda: probes_table(list(probes))),
         "properties": (gaps, PROPERTIES, lambda: properties_table(gaps)),
         "fairchem2": (second, FAIRCHEM2, lambda: fairchem2_table(second)),
     }
     return {name: f"{text}\n{table()}\n" if compared(records) else "" for name, (records, text, table) in parts.items()}
+
+
+def parted(condition: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """The runs of the ladder of data, and those of the frontier, of the results of `benchmarks.condition`."""
+    sides: tuple[list[Record], list[Record]] = ([], [])
+    for record in condition:
+        sides[record["suite"] == "frontier"].append(record)
+    return sides
 
 
 def compared(records: list[Record]) -> bool:
@@ -135,8 +146,14 @@ clean structure and the noisy one.
 
 ![Noise errors told the right embedding, another's and none](figures/condition.png)
 """
+FRONTIER = """\
+### Where it begins to count
 
+Runs of 1000 steps that differ from a usual one in one setting each. A value below 1 says that the right embedding
+lowers the noise error of plain denoising; of 1, that the second pass buys nothing.
 
+![What is left of plain denoising's noise error, against the settings](figures/frontier.png)
+"""
 PRETRAINING = """\
 ## What the condition carried in pre-training on real structures
 
@@ -194,11 +211,13 @@ def main(arguments: list[str] | None = None) -> None:
     learning, condition, *others = stored(options.results)
     options.page.write_text(fill(options.page.read_text(), sections(learning, condition, *others)))
     figures = options.page.parent / "figures"
+    ladder, varied = parted(condition)
     with style.printed():
         for draw, records, name in (
             (draw_labels, widest(trained(learning, "few", "energies", "molecules")), "few_labels"),
             (draw_curves, trained(learning, "long"), "beside_labels"),
-            (draw_ladder, condition, "condition"),
+            (draw_ladder, ladder, "condition"),
+            (draw_frontier, varied, "frontier"),
         ):
             if compared(records) and (draw is not draw_labels or budgets(records) > 1):
                 figures.mkdir(exist_ok=True)

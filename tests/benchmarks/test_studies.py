@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from fairchem.core.datasets import data_list_collater
 from fairchem.core.models.base import HydraModel
 from fairchem.core.preprocessing import AtomsToGraphs
 
-from benchmarks import condition, condition_tables, databases, learning, probes, report, structures, tables
+from benchmarks import condition, condition_tables, databases, frontier, learning, probes, report, structures, tables
 from benchmarks.neighbors import KeptNeighbors
 from benchmarks.noise import judge, judged, mean_of_structures, noise_errors, of_structures, told_differences
 from benchmarks.results import Results, key_of
@@ -302,6 +302,30 @@ def test_arms_stand_beside_plain_training_of_the_same_labels() -> None:
 def test_a_ratio_of_paired_errors_has_no_error_where_they_are_proportional() -> None:
     assert condition_tables.ratio_of([0.5, 1.0, 2.0], [1.0, 2.0, 4.0]) == "0.500 ± 0.000"
     assert condition_tables.ratio_of([1.0, 3.0], [2.0, 2.0]) == "1.000 ± 0.500"
+
+
+def test_the_frontier_compares_equal_settings_and_names_the_one_that_was_changed() -> None:
+    def line(run: condition.Run, right: float) -> dict[str, Any]:
+        told = {"none": [2 * right] * 2} if run.form == "plain" else {"right": [right, right]}
+        last = {"none": [2 * right, 0.0], "other_minus_right": [0.3, 0.1], "dimensions": 2.0}
+        scores = {"structures": told, "curve": [last]}
+        return {"suite": "frontier", "run": asdict(run), "structures": run.count or 2000, "scores": scores}
+
+    runs = list(condition.suite("frontier", [0], ["molecules"], 8))
+    records = [line(run, 0.1 * run.model.channels) for run in runs]
+    alone = line(replace(runs[0], form="embedding", std=9.0), 1.0)
+    found = frontier.points([*records, alone])
+    assert [(p.changed, p.values[p.changed or "channels"]) for p in found] == [
+        (None, 64),
+        *(("training structures", count) for count in (100, 500)),
+        *(("σ, Å", std) for std in (0.01, 0.1, 0.2)),
+        *(("channels", channels) for channels in (16, 32, 128)),
+        *(("blocks", blocks) for blocks in (2, 5)),
+        ("batch size", 8),
+    ]
+    assert {p.gain.value for p in found} == {0.5}
+    rows = frontier.frontier_table(records).splitlines()
+    assert "| molecules | 0 | channels 16 | 3.2000 ± 0.0000 | 0.500 ± 0.000 | 3.0 | 2.0 |" in rows
 
 
 def test_a_section_waits_for_both_sides_of_its_comparison() -> None:

@@ -1,0 +1,137 @@
+"""Where SCD's condition begins to count: runs that differ from a usual one in one setting each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.condition_tables import but_form, ratio_of, with_error
+from benchmarks.tables import Record, table
+from fairchem_scd.commands import pictures as style
+from fairchem_scd.denoising.condition_report import Gain
+
+VARIED: dict[str, Callable[[Record], float | None]] = {
+    "training structures": lambda record: record["run"]["count"],
+    "σ, Å": lambda record: record["run"]["std"],
+    "channels": lambda record: record["run"]["model"]["channels"],
+    "blocks": lambda record: record["run"]["model"]["layers"],
+    "batch size": lambda record: record["run"]["length"]["batch_size"],
+}
+"""Settings by the name of their column; None for training structures: all of them."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run with an embedding, beside plain denoising with the same settings.
+
+    Attributes:
+        values: the run's settings, by the names in `VARIED`.
+        changed: the setting that differs from the usual; None: none does.
+        run: the line of the run with an embedding.
+        plain: the line of plain denoising.
+    """
+
+    values: dict[str, float | None]
+    changed: str | None
+    run: Record
+    plain: Record
+
+    @property
+    def errors(self) -> tuple[list[float], list[float]]:
+        """Noise errors of each held-out structure: told the right embedding, and by plain denoising."""
+        return self.run["scores"]["structures"]["right"], self.plain["scores"]["structures"]["none"]
+
+    @property
+    def gain(self) -> Gain:
+        """By how much the right embedding lowers the noise error of plain denoising."""
+        right, none = map(torch.tensor, self.errors)
+        return Gain.of(right, none)
+
+
+def points(records: Sequence[Record]) -> list[Point]:
+    """The runs of one data set and seed that have plain denoising beside them.
+
+    What is usual is what most runs have.
+    """
+    plain = {but_form(record): record for record in records if record["run"]["form"] == "plain"}
+    usual = {name: Counter(map(of, records)).most_common(1)[0][0] for name, of in VARIED.items() if records}
+    found = []
+    for record in records:
+        beside = plain.get(but_form(record))
+        if record["run"]["form"] != "plain" and beside is not None:
+            values = {name: of(record) for name, of in VARIED.items()}
+            changed = next((name for name, value in values.items() if value != usual[name]), None)
+            found.append(Point(values, changed, record, beside))
+    return found
+
+
+def by_data(records: Sequence[Record]) -> dict[tuple[str, int], list[Point]]:
+    """The points of each data set and seed."""
+    keys = dict.fromkeys((record["run"]["data"], record["run"]["seed"]) for record in records)
+    return {
+        key: points([record for record in records if (record["run"]["data"], record["run"]["seed"]) == key])
+        for key in keys
+    }
+
+
+def frontier_table(records: Sequence[Record]) -> str:
+    """What the condition is worth, a row for each setting that was changed."""
+    order = [None, *VARIED]
+    rows = []
+    for (data, seed), found in by_data(records).items():
+        for point in sorted(found, key=lambda p: (order.index(p.changed), p.values[p.changed or "channels"] or 0)):
+            values = point.values if point.changed is None else {point.changed: point.values[point.changed]}
+            said = ", ".join(f"{name} {'all' if value is None else value}" for name, value in values.items())
+            last = point.run["scores"]["curve"][-1]
+            difference, its_error = last["other_minus_right"]
+            rows.append(
+                [
+                    *(data, str(seed), said),
+                    with_error(point.plain["scores"]["curve"][-1]["none"]),
+                    ratio_of(*point.errors),
+                    f"{difference / its_error:.1f}",
+                    f"{last['dimensions']:.1f}",
+                ]
+            )
+    heads = ["data", "seed", "settings", "plain denoising", "right / plain denoising"]
+    return table([*heads, "(another's − right) / its error", "dimensions"], rows)
+
+
+def draw_frontier(records: Sequence[Record], path: Path) -> None:
+    """The share of plain denoising's noise error that is left with the right embedding, against each setting."""
+    groups = by_data(records)
+    settings = [name for name in VARIED if any(p.changed == name for found in groups.values() for p in found)]
+    figure = style.new_figure(style.DOUBLE, 2.0)
+    panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+    for axes, setting in zip(panels, settings, strict=True):
+        ticks: dict[float, str] = {}
+        for i, ((data, seed), found) in enumerate(groups.items()):
+            shown = [(_place(p, setting), p) for p in found if p.changed in (setting, None)]
+            shown.sort(key=lambda pair: pair[0])
+            ticks |= {at: "all" if p.values[setting] is None else f"{p.values[setting]:g}" for at, p in shown}
+            axes.errorbar(
+                [at for at, _ in shown],
+                [1 - p.gain.value for _, p in shown],
+                yerr=[p.gain.error for _, p in shown],
+                capsize=2,
+                label=f"{data}, seed {seed}",
+                **{"color": style.COLORS[i], "linestyle": style.LINES[i], "marker": style.MARKERS[i]},
+            )
+        axes.axhline(1, color=style.OTHER, linewidth=0.8)
+        axes.set(xscale="log", xlabel=setting)
+        axes.set_xticks([*ticks], [*ticks.values()])
+        axes.minorticks_off()
+    panels[0].set_ylabel("noise error, right embedding\n/ plain denoising")
+    if len(groups) > 1:
+        panels[0].legend()
+    style.save(figure, path, force=True)
+
+
+def _place(point: Point, setting: str) -> float:
+    """Where a point stands on the axis of a setting; all structures: as many as the run says it had."""
+    value = point.values[setting]
+    return point.run["structures"] if value is None else value
