@@ -29,6 +29,7 @@ import torch
 
 from benchmarks import structures
 from benchmarks.common import existing_folder, use_threads
+from benchmarks.noise import shrinkage_errors, summary
 from benchmarks.results import Results, environment
 from benchmarks.trained import JUDGED, Length, Model, denoiser, watch_denoising
 
@@ -39,6 +40,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "mask token": {"null_condition": "mask_token"},
 }
 """Settings of `task.denoising.scd` by form: no condition, `noise.DifferenceHydra`, the package's, the authors'."""
+
+SHRINKAGE = "shrinkage"
+"""Not a model: the best that can be said of the noise without a condition, on cells made here."""
 
 RESULTS = Path(__file__).parent / "results" / "condition.jsonl"
 
@@ -96,6 +100,8 @@ def suite(
     for seed in seeds:
         if name == "small":
             for rung in data or ("two_atoms", "four_atoms", "eight_atoms"):
+                if seed == seeds[0] and (forms is None or SHRINKAGE in forms):
+                    yield Run(rung, SHRINKAGE, _STD[rung], _CELLS, Length(1, 16, 1e-3), seed=0)
                 for form in chosen((*_THREE, "mask token")):
                     yield Run(rung, form, _STD[rung], _CELLS, length(2000, 16), seed)
         elif name == "real":
@@ -132,18 +138,24 @@ def around(run: Run) -> Iterator[Run]:
 def train(run: Run, folder: Path | None) -> dict[str, Any]:
     """Train and judge one run."""
     splits = structures.load(run.data, folder)
+    held_out = splits.held_out[:JUDGED]
     with tempfile.TemporaryDirectory() as work:
         trainer = denoiser(
             run.model,
             run.length,
             splits.labelled(run.count, run.seed),
-            splits.held_out[:JUDGED],
+            held_out,
             Path(work),
-            scd={"std": run.std, **FORMS[run.form]},
+            scd={"std": run.std, **FORMS.get(run.form, {"condition": []})},
             difference=run.form == "difference",
             seed=run.seed,
         )
-        return watch_denoising(trainer, 4)
+        if run.form != SHRINKAGE:
+            return watch_denoising(trainer, 4)
+        cells = structures.CELLS[run.data]
+        known = [torch.from_numpy(cells.displacements(atoms, atoms.positions)) for atoms in held_out]
+        found = summary({"none": shrinkage_errors(trainer, known, cells.displacement)})
+        return {"steps": 0, "structures": found.pop("structures"), "curve": [{"step": 0, **found}]}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -176,7 +188,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("suite", choices=SUITES, help="small: cells made here; real: DFT data and slabs; frontier: one setting varied")
     add("--data", type=existing_folder, metavar="FOLDER", help="folder of the ASE databases")
     add("--only", nargs="+", metavar="DATA", help="these data alone")
-    add("--forms", nargs="+", choices=FORMS, metavar="FORM", help="these forms of the condition alone")
+    add("--forms", nargs="+", choices=(*FORMS, SHRINKAGE), metavar="FORM", help="these forms of the condition alone")
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
     add("--steps", type=int, metavar="N", help="instead of the suite's own number")
     add("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines, one a finished run; appended to")

@@ -11,7 +11,10 @@ from fairchem_scd.denoising.condition_report import Gain
 
 
 def ladder_table(records: list[Record]) -> str:
-    """Noise errors at the end of each run, and what the condition explains."""
+    """Noise errors at the end of each run, and what the condition explains.
+
+    The first row of a data set is the best that can be said without a condition, where it is known.
+    """
     plain = {but_form(r): r for r in records if r["run"]["form"] == "plain"}
     rows = []
     for record in sorted(records, key=lambda r: (r["run"]["data"], r["run"]["model"]["channels"], r["run"]["seed"])):

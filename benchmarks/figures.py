@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+from benchmarks.condition import SHRINKAGE
 from benchmarks.tables import Record, by_seed, number_of_labels
 from fairchem_scd.commands import pictures as style
 
@@ -64,7 +65,12 @@ def draw_curves(records: list[Record], path: Path) -> None:
 
 
 def draw_ladder(records: list[Record], path: Path) -> None:
-    """Noise errors against steps, told the right embedding, another's or none, beside plain denoising."""
+    """Noise errors against steps, told the right embedding, another's or none, beside plain denoising.
+
+    Of each data set its longest runs, and a line at the best that can be said without a condition, where it is known.
+    """
+    best = {r["run"]["data"]: r["scores"]["curve"][-1]["none"][0] for r in records if r["run"]["form"] == SHRINKAGE}
+    records = longest([r for r in records if r["run"]["form"] != SHRINKAGE])
     forms = [
         form for form in ("embedding", "mask token", "difference") if any(r["run"]["form"] == form for r in records)
     ]
@@ -78,12 +84,23 @@ def draw_ladder(records: list[Record], path: Path) -> None:
                     continue
                 for i, told in enumerate(("right", "other", "none")):
                     _draw_told(axes, record, told, i)
+            if data in best:
+                axes.axhline(best[data], color=style.OTHER, label="best without a condition, by theory", zorder=0)
             axes.set(title=f"{data.replace('_', ' ')}: {form}", xlabel="steps")
         row[0].set_ylabel("noise error, MSE / σ²")
     known = [axes.get_legend_handles_labels() for axes in panels.flat]
     handles = {label: handle for found in known for handle, label in zip(*found, strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     style.save(figure, path, force=True)
+
+
+def longest(records: list[Record]) -> list[Record]:
+    """The runs of each data set that were to have the most steps there."""
+    most: dict[str, int] = {}
+    for record in records:
+        data, steps = record["run"]["data"], record["run"]["length"]["steps"]
+        most[data] = max(steps, most.get(data, 0))
+    return [record for record in records if record["run"]["length"]["steps"] == most[record["run"]["data"]]]
 
 
 _TOLD = {"right": "told the right one", "other": "told another's", "none": "told none"}
@@ -94,12 +111,9 @@ def _draw_told(axes: Any, record: Record, told: str, number: int) -> None:
     if not curve:
         return
     steps, means, bars = zip(*curve, strict=True)
-    plain = record["run"]["form"] == "plain"
-    label, number = (
-        ("plain denoising", 3)
-        if plain
-        else ({"right": "told the right one", "other": "another's", "none": "none"}[told], number)
-    )
+    label = _TOLD[told]
+    if record["run"]["form"] == "plain":
+        label, number = "plain denoising", 3
     look = {"color": style.COLORS[number], "linestyle": style.LINES[number], "label": label}
     axes.errorbar(steps, means, yerr=bars, capsize=2, **look)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -39,6 +39,32 @@ def noise_errors(trainer: Any) -> Tensor:
 
 
 @torch.no_grad()
+def shrinkage_errors(trainer: Any, displacements: Sequence[Tensor], size: float) -> Tensor:
+    """Noise errors of the best prediction that is told no condition, on `noise_errors`' structures and noise.
+
+    A structure x = r + u whose sites r are known and whose displacements u are normal with standard deviation s is best
+    denoised by ε̂ = (x̃ − r) σ² / (σ² + s²), each without its mean over the atoms. Its expected error is
+    s² / (s² + σ²) of that of predicting zero.
+
+    Args:
+        displacements: x − r of each held-out structure [N, 3] without their mean, Å.
+        size: s, Å.
+
+    Returns:
+        [B] as `noise_errors`.
+    """
+    model, task, errors = trainer._unwrapped_model, trainer.tasks["scd"], []
+    std, left = task.settings.std, list(displacements)
+    for batch in _batches(trainer):
+        count = len(batch.natoms)
+        known, left = torch.cat(left[:count]), left[count:]
+        corruption = task.corrupt(model.structures_of(batch), seed=0, step=VALIDATION)
+        noise = (known + corruption.noise) * std**2 / (std**2 + size**2)
+        errors.append(structure_errors(noise / std, corruption, std).mse)
+    return torch.cat(errors)
+
+
+@torch.no_grad()
 def judged(trainer: Any) -> ConditionJudge:
     """A judge of a trainer's condition that has seen its held-out structures, with its present weights in eval mode."""
     model, task = trainer._unwrapped_model, trainer.tasks["scd"]
@@ -63,18 +89,19 @@ def judge(trainer: Any) -> dict[str, Any]:
         of each. "dimensions": the participation ratio of what structures are told. Without a condition "none" alone.
     """
     if not trainer.tasks["scd"].settings.condition:
-        return _summary({"none": noise_errors(trainer)})
+        return summary({"none": noise_errors(trainer)})
     found = judged(trainer)
     errors = {told: of_structures(found, told) for told in _TOLD}
     return {
-        **_summary(errors),
+        **summary(errors),
         "other_minus_right": _mean(errors["other"] - errors["right"]),
         "none_minus_right": _mean(errors["none"] - errors["right"]),
         "dimensions": round(found.report().dimensions, 3),
     }
 
 
-def _summary(errors: dict[str, Tensor]) -> dict[str, Any]:
+def summary(errors: dict[str, Tensor]) -> dict[str, Any]:
+    """By what structures are told, the mean error and its standard error; "structures": the errors of each."""
     structures = {told: [round(error, 5) for error in of.tolist()] for told, of in errors.items()}
     return {**{told: _mean(of) for told, of in errors.items()}, "structures": structures}
 

@@ -142,7 +142,8 @@ predicting zero has 1 − 1/N for N atoms. "None" is the same model without an e
 fifth of the structures. Whether the condition is worth its second pass is to be read off the ratio to plain denoising
 of the same number of steps. "Dimensions" is the participation ratio of what structures are told. "Difference" is a form
 that is only in `benchmarks/noise.py`: each block is told by how much the mean of its l = 0 features differs between the
-clean structure and the noisy one.
+clean structure and the noisy one. "Shrinkage" is no model but the best that can be said without a condition, where
+structures are lattices with normal displacements of standard deviation s: ε̂ = (x̃ − r) σ² / (σ² + s²) for sites r.
 
 ![Noise errors told the right embedding, another's and none](figures/condition.png)
 """

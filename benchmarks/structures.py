@@ -57,9 +57,9 @@ def load(name: str, folder: Path | None) -> Splits:
     elif name == "slabs":
         made = [atoms for atoms, _, _ in emt_slabs(sum(_SLABS), seed=0)]
         train, test = made[: _SLABS[0]], made[_SLABS[0] :]
-    elif name in UNLABELLED:
+    elif name in CELLS:
         rng = np.random.default_rng(0)
-        train, test = ([_MAKERS[name](rng) for _ in range(count)] for count in (2400, 128))
+        train, test = ([CELLS[name].make(rng) for _ in range(count)] for count in (2400, 128))
     else:
         raise ValueError(f"unknown data {name!r}; known: {', '.join((*LABELLED, *UNLABELLED))}")
     return split(train, test)
@@ -71,28 +71,49 @@ def split(known: list[Atoms], test: list[Atoms]) -> Splits:
     return Splits(train, held_out, test)
 
 
-def _two_atoms(rng: np.random.Generator) -> Atoms:
-    return _deformed(bulk("Mo", cubic=True), rng, strain=0.02, displacement=0.2)
+@dataclass(frozen=True)
+class Cells:
+    """Strained and rattled cells of cubic metals.
+
+    Attributes:
+        metals: one of them is drawn for each cell.
+        repeat: of the conventional cell.
+        strain: standard deviation of each of the nine strains.
+        displacement: standard deviation of each displacement, Å.
+    """
+
+    metals: tuple[str, ...]
+    repeat: tuple[int, int, int]
+    strain: float
+    displacement: float
+
+    def make(self, rng: np.random.Generator) -> Atoms:
+        """One cell, drawn at random."""
+        metal = self.metals[rng.integers(len(self.metals))] if len(self.metals) > 1 else self.metals[0]
+        atoms = self.ideal(metal)
+        atoms.set_cell(atoms.cell @ (np.eye(3) + self.strain * rng.standard_normal((3, 3))), scale_atoms=True)
+        atoms.positions += self.displacement * rng.standard_normal(atoms.positions.shape)
+        return atoms
+
+    def ideal(self, metal: str) -> Atoms:
+        """The cell before it is deformed."""
+        return bulk(metal, cubic=True).repeat(self.repeat)
+
+    def displacements(self, atoms: Atoms, positions: np.ndarray) -> np.ndarray:
+        """[N, 3] how far positions are from the sites of the strained lattice, Å, without their mean."""
+        ideal = self.ideal(atoms.get_chemical_symbols()[0])
+        sites = ideal.get_scaled_positions(wrap=False) @ atoms.cell.array
+        moved = positions - sites
+        return moved - moved.mean(axis=0)
 
 
-def _four_atoms(rng: np.random.Generator) -> Atoms:
-    metal = ("Cu", "Ag", "Au", "Ni", "Pd", "Pt")[rng.integers(6)]
-    return _deformed(bulk(metal, cubic=True), rng, strain=0.03, displacement=0.15)
-
-
-def _eight_atoms(rng: np.random.Generator) -> Atoms:
-    metal = ("Cu", "Ag", "Au", "Ni", "Pd", "Pt")[rng.integers(6)]
-    return _deformed(bulk(metal, cubic=True).repeat((2, 1, 1)), rng, strain=0.03, displacement=0.15)
-
-
-_MAKERS = {"two_atoms": _two_atoms, "four_atoms": _four_atoms, "eight_atoms": _eight_atoms}
-
-
-def _deformed(atoms: Atoms, rng: np.random.Generator, *, strain: float, displacement: float) -> Atoms:
-    """Strained by normal numbers of that size, and rattled by normal displacements of that size in Å."""
-    atoms.set_cell(atoms.cell @ (np.eye(3) + strain * rng.standard_normal((3, 3))), scale_atoms=True)
-    atoms.positions += displacement * rng.standard_normal(atoms.positions.shape)
-    return atoms
+_FCC = ("Cu", "Ag", "Au", "Ni", "Pd", "Pt")
+CELLS = {
+    "two_atoms": Cells(("Mo",), (1, 1, 1), strain=0.02, displacement=0.2),
+    "four_atoms": Cells(_FCC, (1, 1, 1), strain=0.03, displacement=0.15),
+    "eight_atoms": Cells(_FCC, (2, 1, 1), strain=0.03, displacement=0.15),
+}
+"""What `UNLABELLED` are made of."""
 
 
 # --- for the host -----------------------------------------------------------------------------------------------------

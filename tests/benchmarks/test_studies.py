@@ -21,7 +21,15 @@ from fairchem.core.preprocessing import AtomsToGraphs
 
 from benchmarks import condition, condition_tables, databases, frontier, learning, probes, report, structures, tables
 from benchmarks.neighbors import KeptNeighbors
-from benchmarks.noise import judge, judged, mean_of_structures, noise_errors, of_structures, told_differences
+from benchmarks.noise import (
+    judge,
+    judged,
+    mean_of_structures,
+    noise_errors,
+    of_structures,
+    shrinkage_errors,
+    told_differences,
+)
 from benchmarks.results import Results, key_of
 from benchmarks.trained import Length, Model, quieten
 from fairchem_scd.testing import stirred
@@ -123,7 +131,7 @@ def test_no_structure_is_in_two_splits() -> None:
     splits = structures.load("two_atoms", None)
     seen = [atoms.positions.tobytes() for part in (splits.train, splits.held_out, splits.test) for atoms in part]
     assert len(seen) == len(set(seen)) == 2400 + 128
-    one, again = (structures._two_atoms(np.random.default_rng(0)) for _ in range(2))
+    one, again = (structures.CELLS["two_atoms"].make(np.random.default_rng(0)) for _ in range(2))
     assert np.array_equal(one.positions, again.positions)
 
 
@@ -239,6 +247,26 @@ def test_means_of_structures(batch: Any) -> None:
     values = torch.arange(len(batch.pos), dtype=torch.float)[:, None] * torch.tensor([[1.0, -2.0]])
     expected = torch.stack([part.mean(dim=0) for part in values.split(batch.natoms.tolist())])
     torch.testing.assert_close(mean_of_structures(values, batch.batch, len(batch.natoms)), expected)
+
+
+def test_shrinkage_leaves_of_the_noise_what_its_formula_says() -> None:
+    cells = structures.CELLS["four_atoms"]
+    rng = np.random.default_rng(3)
+    made = [cells.make(rng) for _ in range(400)]
+    rows = [AtomsToGraphs(r_energy=False, r_forces=False, r_edges=False).convert(atoms) for atoms in made]
+    for i, row in enumerate(rows):
+        row.sid, row.fid = i, 0
+    model = hydra("painn", scd={"std": 0.1, "condition": []}, self_supervised=True)
+    trainer = SimpleNamespace(
+        _unwrapped_model=model,
+        tasks=model.denoising_tasks,
+        val_dataset=rows,
+        collater=lambda some: data_list_collater(some, otf_graph=True),
+    )
+    known = [torch.from_numpy(cells.displacements(atoms, atoms.positions)) for atoms in made]
+    found = shrinkage_errors(trainer, known, cells.displacement)
+    expected = 0.15**2 / (0.15**2 + 0.1**2) * 3 / 4  # of four atoms three move about their mean
+    assert abs(found.mean() - expected) < 3 * found.std() / 400**0.5
 
 
 @pytest.mark.parametrize("form", ["embedding", "difference"])
