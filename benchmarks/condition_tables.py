@@ -36,18 +36,18 @@ def pretrained_table(records: list[Record]) -> str:
     Args:
         records: lines of pre-trainings, see `pretrainings`.
     """
-    plain = {_start(r): r for r in records if _told(r) == "plain"}
+    plain = {pretraining_of(r): r for r in records if told_of(r) == "plain"}
     rows = []
-    for record in sorted(records, key=lambda r: (*_start(r), _told(r))):
-        beside = plain.get(_start(record))
-        if _told(record) == "plain" or beside is None:
+    for record in sorted(records, key=lambda r: (*pretraining_of(r), told_of(r))):
+        beside = plain.get(pretraining_of(record))
+        if told_of(record) == "plain" or beside is None:
             continue
-        data, channels_, steps, seed = _start(record)
+        data, channels_, steps, _, seed = pretraining_of(record)
         last, errors = record["scores"]["curve"][-1], record["scores"]["structures"]
         difference, its_error = last["other_minus_right"]
         rows.append(
             [
-                *(data, str(channels_), str(steps), str(seed), _told(record)),
+                *(data, str(channels_), str(steps), str(seed), told_of(record)),
                 *(with_error(last[told]) for told in ("right", "other", "none")),
                 f"{difference / its_error:.1f}",
                 with_error(beside["scores"]["curve"][-1]["none"]),
@@ -74,12 +74,15 @@ def pretrainings(records: Iterable[Record]) -> list[Record]:
     return [r for r in records if "arm" not in r["run"] and "structures" in r["scores"]]
 
 
-def _start(record: Record) -> tuple[str, int, int, int]:
+def pretraining_of(record: Record) -> tuple[str, int, int, float, int]:
+    """Data, channels, steps, σ in Å, and seed of a pre-training."""
     run = record["run"]
-    return run["data"], channels(record), run["pretraining"]["length"]["steps"], run["pretraining"]["seed"]
+    before = run["pretraining"]
+    return run["data"], channels(record), before["length"]["steps"], before["scd"]["std"], before["seed"]
 
 
-def _told(record: Record) -> str:
+def told_of(record: Record) -> str:
+    """The form of a pre-training's condition; "plain": it has none."""
     before = record["run"]["pretraining"]
     if before["scd"].get("condition") == []:
         return "plain"

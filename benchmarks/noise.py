@@ -86,24 +86,26 @@ def judge(trainer: Any) -> dict[str, Any]:
 
     Returns:
         By what structures are told, the mean and its standard error; of the differences too. "structures": the errors
-        of each. "dimensions": the participation ratio of what structures are told. Without a condition "none" alone.
+        of each, and their numbers of "atoms". "dimensions": the participation ratio of what structures are told.
+        Without a condition "none" alone.
     """
+    atoms = [int(row.natoms) for row in trainer.val_dataset]
     if not trainer.tasks["scd"].settings.condition:
-        return summary({"none": noise_errors(trainer)})
+        return summary({"none": noise_errors(trainer)}, atoms)
     found = judged(trainer)
     errors = {told: of_structures(found, told) for told in _TOLD}
     return {
-        **summary(errors),
+        **summary(errors, atoms),
         "other_minus_right": _mean(errors["other"] - errors["right"]),
         "none_minus_right": _mean(errors["none"] - errors["right"]),
         "dimensions": round(found.report().dimensions, 3),
     }
 
 
-def summary(errors: dict[str, Tensor]) -> dict[str, Any]:
-    """By what structures are told, the mean error and its standard error; "structures": the errors of each."""
+def summary(errors: dict[str, Tensor], atoms: list[int]) -> dict[str, Any]:
+    """By what structures are told, the mean error and its standard error; "structures": each one's errors and atoms."""
     structures = {told: [round(error, 5) for error in of.tolist()] for told, of in errors.items()}
-    return {**{told: _mean(of) for told, of in errors.items()}, "structures": structures}
+    return {**{told: _mean(of) for told, of in errors.items()}, "structures": {**structures, "atoms": atoms}}
 
 
 def of_structures(found: ConditionJudge, told: str) -> torch.Tensor:

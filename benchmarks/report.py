@@ -13,8 +13,9 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.components import components_table, draw_components, groups
 from benchmarks.condition_tables import ladder_table, pretrained_table, pretrainings, probes_table
-from benchmarks.figures import draw_curves, draw_labels, draw_ladder
+from benchmarks.figures import draw_curves, draw_labels, draw_ladder, longest
 from benchmarks.frontier import draw_frontier, frontier_table
 from benchmarks.results import Results
 from benchmarks.tables import (
@@ -66,6 +67,7 @@ def sections(
         "condition": (ladder, CONDITION, lambda: ladder_table(ladder)),
         "frontier": (varied, FRONTIER, lambda: frontier_table(varied)),
         "pretraining": (before, PRETRAINING, lambda: pretrained_table(before)),
+        "components": (before, COMPONENTS, lambda: components_table(groups(longest(ladder), before))),
         "probes": (list(probes), PROBES, lambda: probes_table(list(probes))),
         "properties": (gaps, PROPERTIES, lambda: properties_table(gaps)),
         "fairchem2": (second, FAIRCHEM2, lambda: fairchem2_table(second)),
@@ -161,6 +163,15 @@ PRETRAINING = """\
 The pre-trainings of "Few labels" above, judged on held-out structures of their data as in the section before. Each is
 compared with plain denoising of equally many steps, which costs half.
 """
+COMPONENTS = """\
+### Why it explains so little of larger structures
+
+The noise of N atoms has 3N − 3 components, beside its mean. To first order in σ, K independent invariants that a model
+is told of the clean structure take K of them away, if it can form the same invariants of the noisy structure: a share
+K / (3N − 3). "Components" is the explained share times 3N − 3. Structures of like size are taken together.
+
+![Explained share of the noise against the number of atoms](figures/components.png)
+"""
 PROBES = """\
 ## What frozen embeddings hold
 
@@ -214,6 +225,9 @@ def main(arguments: list[str] | None = None) -> None:
     figures = options.page.parent / "figures"
     ladder, varied = parted(condition)
     with style.printed():
+        if found := groups(longest(ladder), pretrainings(learning)):
+            figures.mkdir(exist_ok=True)
+            draw_components(found, figures / "components.png")
         for draw, records, name in (
             (draw_labels, widest(trained(learning, "few", "energies", "molecules")), "few_labels"),
             (draw_curves, trained(learning, "long"), "beside_labels"),

@@ -1,0 +1,147 @@
+"""How many components of the noise SCD's condition explains, against the number of atoms.
+
+The noise of a structure of N atoms, without its mean, has 3N − 3 components. To first order a model that is told K
+independent invariants of the clean structure can subtract K of them: a share K / (3N − 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.condition_tables import but_form, pretraining_of, told_of
+from benchmarks.tables import Record, spread, table
+from fairchem_scd.commands import pictures as style
+from fairchem_scd.denoising.condition_report import Gain
+
+_SMALLEST_GROUP = 12
+"""So many structures at least have their share of noise taken together."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Held-out structures of like size, denoised by one model with a condition and by one without.
+
+    Attributes:
+        data: name of the data.
+        told: form of the condition.
+        seed: of both models.
+        atoms: numbers of atoms [B].
+        right: noise errors [B] told the right embedding.
+        plain: noise errors [B] of plain denoising of equally many steps.
+    """
+
+    data: str
+    told: str
+    seed: int
+    atoms: np.ndarray
+    right: np.ndarray
+    plain: np.ndarray
+
+    @property
+    def share(self) -> Gain:
+        """The share of plain denoising's noise error that the condition explains."""
+        return Gain.of(torch.from_numpy(self.right), torch.from_numpy(self.plain))
+
+    @property
+    def freedom(self) -> float:
+        """Mean number of components of the noise, 3N − 3."""
+        return float(3 * self.atoms.mean() - 3)
+
+    @property
+    def sizes(self) -> str:
+        """The numbers of atoms, in words."""
+        low, high = self.atoms.min(), self.atoms.max()
+        return str(low) if low == high else f"{low} to {high}"
+
+
+def groups(ladder: Sequence[Record], before: Sequence[Record]) -> list[Group]:
+    """Groups of like size, of all models that have plain denoising of as many steps beside them.
+
+    Args:
+        ladder: lines of `benchmarks.condition`, the longest runs of each data set.
+        before: lines of the pre-trainings of `benchmarks.learning`.
+    """
+    plain = {but_form(r): r for r in ladder if r["run"]["form"] == "plain"}
+    plain |= {repr(pretraining_of(r)): r for r in before if told_of(r) == "plain"}
+    found = []
+    for record in [*ladder, *before]:
+        in_ladder = "form" in record["run"]
+        told = record["run"]["form"] if in_ladder else told_of(record)
+        beside = plain.get(but_form(record) if in_ladder else repr(pretraining_of(record)))
+        if told not in ("embedding", "difference") or beside is None:
+            continue
+        seed = record["run"]["seed"] if in_ladder else record["run"]["pretraining"]["seed"]
+        errors = record["scores"]["structures"]
+        atoms, right = np.array(errors["atoms"]), np.array(errors["right"])
+        without = np.array(beside["scores"]["structures"]["none"])
+        for rows in _of_like_size(atoms):
+            found.append(Group(record["run"]["data"], told, seed, atoms[rows], right[rows], without[rows]))
+    return found
+
+
+def _of_like_size(atoms: np.ndarray) -> list[np.ndarray]:
+    """Row numbers of structures of like size, no group of which is smaller than `_SMALLEST_GROUP`."""
+    sizes, counts = np.unique(atoms, return_counts=True)
+    bounds, inside = [0], 0
+    for size, count in zip(sizes, counts, strict=True):
+        inside += count
+        if inside >= _SMALLEST_GROUP:
+            bounds.append(int(size))
+            inside = 0
+    bounds[-1] = int(sizes[-1])
+    return [np.flatnonzero((atoms > low) & (atoms <= high)) for low, high in pairwise(bounds)]
+
+
+def components_table(found: Sequence[Group]) -> str:
+    """Shares of the noise that the condition explains, and how many components they make; means over seeds."""
+    rows = []
+    keys = sorted({(g.told, g.freedom, g.data, g.sizes, len(g.atoms)) for g in found})
+    for told, freedom, data, sizes, count in keys:
+        same = [g for g in found if (g.told, g.data, g.sizes) == (told, data, sizes)]
+        shares = [100 * g.share.value for g in same]
+        components = [g.share.value * freedom for g in same]
+        rows.append([told, data, sizes, str(count), str(len(same)), spread(shares), spread(components)])
+    heads = ["told", "data", "atoms", "structures", "seeds", "explained, % of plain denoising's noise error"]
+    return table([*heads, "components"], rows)
+
+
+def draw_components(found: Sequence[Group], path: Path) -> None:
+    """Shares of the noise that the condition explains, against the number of atoms; mean over seeds."""
+    forms = [form for form in ("embedding", "difference") if any(g.told == form for g in found)]
+    datas = sorted({g.data for g in found})
+    figure = style.new_figure(style.DOUBLE, 2.6)
+    panels = figure.subplots(1, len(forms), sharey=True, squeeze=False)[0]
+    for axes, form in zip(panels, forms, strict=True):
+        for i, data in enumerate(datas):
+            same = [g for g in found if (g.told, g.data) == (form, data)]
+            sizes = sorted({float(g.atoms.mean()) for g in same})
+            shares = [[100 * g.share.value for g in same if g.atoms.mean() == size] for size in sizes]
+            errors = [[100 * g.share.error for g in same if g.atoms.mean() == size] for size in sizes]
+            axes.errorbar(
+                sizes,
+                [np.mean(of) for of in shares],
+                yerr=[np.mean(of) for of in errors],
+                capsize=2,
+                linestyle="none",
+                **{"color": style.COLORS[i], "marker": style.MARKERS[i], "label": data.replace("_", " ")},
+            )
+        low, high = (of(float(g.atoms.mean()) for g in found) for of in (min, max))
+        atoms = np.geomspace(low, high, 100)
+        for number, components in enumerate((1, 4, 16)):
+            share = 100 * np.minimum(1, components / (3 * atoms - 3))
+            label = f"{components} component" + ("s" if components > 1 else "")
+            axes.plot(atoms, share, color=style.OTHER, linestyle=style.LINES[number], zorder=0, label=label)
+        axes.set(xscale="log", xlabel="atoms", title=form)
+        ticks = [n for n in (2, 4, 8, 16, 32, 64, 128) if low <= n <= high]
+        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.minorticks_off()
+    panels[0].set_ylabel("noise explained, %")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
+    style.save(figure, path, force=True)
