@@ -80,8 +80,8 @@ def groups(ladder: Sequence[Record], before: Sequence[Record]) -> list[Group]:
         errors = record["scores"]["structures"]
         atoms, right = np.array(errors["atoms"]), np.array(errors["right"])
         without = np.array(beside["scores"]["structures"]["none"])
-        for rows in _of_like_size(atoms):
-            found.append(Group(record["run"]["data"], told, seed, atoms[rows], right[rows], without[rows]))
+        data = record["run"]["data"]
+        found += [Group(data, told, seed, atoms[i], right[i], without[i]) for i in _of_like_size(atoms)]
     return found
 
 
