@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.condition_tables import but_form, pretraining_of, told_of
+from benchmarks.figures import plain_ticks
 from benchmarks.tables import Record, spread, table
 from fairchem_scd.commands import pictures as style
 from fairchem_scd.denoising.condition_report import Gain
@@ -137,11 +138,12 @@ def draw_components(found: Sequence[Group], path: Path) -> None:
             share = 100 * np.minimum(1, components / (3 * atoms - 3))
             label = f"{components} component" + ("s" if components > 1 else "")
             axes.plot(atoms, share, color=style.OTHER, linestyle=style.LINES[number], zorder=0, label=label)
-        axes.set(xscale="log", xlabel="atoms", title=form)
+        axes.set(xscale="log", yscale="log", xlabel="atoms", title=form)
         ticks = [n for n in (2, 4, 8, 16, 32, 64, 128) if low <= n <= high]
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.minorticks_off()
     panels[0].set_ylabel("noise explained, %")
+    plain_ticks(panels[0])
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
     style.save(figure, path, force=True)

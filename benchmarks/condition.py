@@ -20,26 +20,52 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import structures
+from benchmarks import forms, structures
 from benchmarks.common import existing_folder, use_threads
-from benchmarks.noise import shrinkage_errors, summary
+from benchmarks.noise import shrinkage_errors, summary, told_differences
 from benchmarks.results import Results, environment
 from benchmarks.trained import JUDGED, Length, Model, denoiser, watch_denoising
 
-FORMS: dict[str, dict[str, Any]] = {
-    "plain": {"condition": []},
-    "difference": {},
-    "embedding": {},
-    "mask token": {"null_condition": "mask_token"},
+
+@dataclass(frozen=True)
+class Form:
+    """A form of SCD's condition.
+
+    Attributes:
+        scd: settings of `task.denoising.scd`.
+        change: what is done to the model, for forms that the package does not have.
+    """
+
+    scd: dict[str, Any] = field(default_factory=dict)
+    change: Callable[[Any], None] | None = None
+
+
+LEVERS = {
+    "mask token": Form({"null_condition": "mask_token"}),
+    "condition never dropped": Form({"condition_drop": 0.0}),
+    "condition dropped half of the time": Form({"condition_drop": 0.5}),
+    "no gradient through the embedding": Form({"stop_gradient_condition": True}),
+    "clean view without noise": Form({"std_reg": 0.0}),
+    "clean view with noise of 0.02 Å": Form({"std_reg": 0.02}),
+    "standardised": Form(change=forms.standardised),
+    "moments": Form(change=forms.moments),
+    "modulation not zero at first": Form(change=forms.started),
 }
-"""Settings of `task.denoising.scd` by form: no condition, `noise.DifferenceHydra`, the package's, the authors'."""
+"""Forms that differ from the package's in one thing; `mask token` is the authors'."""
+FORMS = {
+    "plain": Form({"condition": []}),
+    "difference": Form(change=told_differences),
+    "embedding": Form(),
+    **LEVERS,
+}
+"""By name: no condition, `noise.DifferenceHydra`, the package's, and others."""
 
 SHRINKAGE = "shrinkage"
 """Not a model: the best that can be said of the noise without a condition, on cells made here."""
@@ -81,18 +107,18 @@ _REAL = {
 
 
 def suite(
-    name: str, seeds: list[int], data: list[str] | None, steps: int | None, forms: list[str] | None = None
+    name: str, seeds: list[int], data: list[str] | None, steps: int | None, only: list[str] | None = None
 ) -> Iterator[Run]:
     """The runs of a suite, seed by seed, so that what is there at any time compares like with like.
 
     Args:
         data: these alone; None: all of the suite's.
         steps: instead of the suite's.
-        forms: these alone, in the order of `FORMS`; None: all of the suite's.
+        only: these forms alone, in the order of `FORMS`; None: all of the suite's.
     """
 
     def chosen(usual: Iterable[str]) -> Iterator[str]:
-        return (form for form in usual if forms is None or form in forms)
+        return (form for form in usual if only is None or form in only)
 
     def length(usual: int, batch_size: int) -> Length:
         return Length(steps or usual, batch_size, 1e-3, weight_decay=0.01, clip=1.0)
@@ -100,7 +126,7 @@ def suite(
     for seed in seeds:
         if name == "small":
             for rung in data or ("two_atoms", "four_atoms", "eight_atoms"):
-                if seed == seeds[0] and (forms is None or SHRINKAGE in forms):
+                if seed == seeds[0] and (only is None or SHRINKAGE in only):
                     yield Run(rung, SHRINKAGE, _STD[rung], _CELLS, Length(1, 16, 1e-3), seed=0)
                 for form in chosen((*_THREE, "mask token")):
                     yield Run(rung, form, _STD[rung], _CELLS, length(2000, 16), seed)
@@ -114,11 +140,16 @@ def suite(
                 for setting in around(Run(rung, "", _STD.get(rung, 0.04), model, length(1000, 32), seed)):
                     for form in chosen(("plain", "embedding")):
                         yield replace(setting, form=form)
+        elif name == "levers":
+            for rung in data or ("molecules",):
+                for form in chosen(FORMS):
+                    model = _REAL.get(rung, _CELLS)
+                    yield Run(rung, form, _STD.get(rung, 0.04), model, length(1000, 32), seed)
         else:
             raise ValueError(f"unknown suite {name!r}; known: {', '.join(SUITES)}")
 
 
-SUITES = ("small", "real", "frontier")
+SUITES = ("small", "real", "frontier", "levers")
 
 
 def around(run: Run) -> Iterator[Run]:
@@ -139,6 +170,7 @@ def train(run: Run, folder: Path | None) -> dict[str, Any]:
     """Train and judge one run."""
     splits = structures.load(run.data, folder)
     held_out = splits.held_out[:JUDGED]
+    form = FORMS.get(run.form, FORMS["plain"])
     with tempfile.TemporaryDirectory() as work:
         trainer = denoiser(
             run.model,
@@ -146,8 +178,8 @@ def train(run: Run, folder: Path | None) -> dict[str, Any]:
             splits.labelled(run.count, run.seed),
             held_out,
             Path(work),
-            scd={"std": run.std, **FORMS.get(run.form, {"condition": []})},
-            difference=run.form == "difference",
+            scd={"std": run.std, **form.scd},
+            change=form.change,
             seed=run.seed,
         )
         if run.form != SHRINKAGE:
@@ -185,7 +217,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("suite", choices=SUITES, help="small: cells made here; real: DFT data and slabs; frontier: one setting varied")
+    add(
+        "suite",
+        choices=SUITES,
+        help="small: cells made here; real: DFT data and slabs; frontier: one setting varied; levers: forms",
+    )
     add("--data", type=existing_folder, metavar="FOLDER", help="folder of the ASE databases")
     add("--only", nargs="+", metavar="DATA", help="these data alone")
     add("--forms", nargs="+", choices=(*FORMS, SHRINKAGE), metavar="FORM", help="these forms of the condition alone")

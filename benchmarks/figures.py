@@ -40,7 +40,7 @@ def draw_labels(records: list[Record], path: Path) -> None:
             axes.set(xscale="log", yscale="log", xlabel="labels", ylabel=label, title=data)
             axes.set_xticks(ticks, [str(n) for n in ticks])
             axes.minorticks_off()
-            _plain_ticks(axes)
+            plain_ticks(axes)
     panels[0][0].legend()
     style.save(figure, path, force=True)
 
@@ -59,7 +59,7 @@ def draw_curves(records: list[Record], path: Path) -> None:
             axes.plot(steps, means, color=style.COLORS[i], linestyle=style.LINES[i % len(style.LINES)], label=arm)
             axes.fill_between(steps, low, high, color=style.COLORS[i], alpha=0.2, linewidth=0)
         axes.set(yscale="log", xlabel="steps", ylabel="held-out force MAE, meV/Å", title=data)
-        _plain_ticks(axes)
+        plain_ticks(axes)
     axes.legend()
     style.save(figure, path, force=True)
 
@@ -118,7 +118,7 @@ def _draw_told(axes: Any, record: Record, told: str, number: int) -> None:
     axes.errorbar(steps, means, yerr=bars, capsize=2, **look)
 
 
-def _plain_ticks(axes: Any) -> None:
+def plain_ticks(axes: Any) -> None:
     """Numbers such as 200 on a logarithmic axis, not powers of ten."""
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())

@@ -46,7 +46,7 @@ def sections(
     gaps, second = ([r for r in records if "arm" in r["run"]] for records in (properties, fairchem2))
     few, long = trained(learning, "few", "energies", "molecules"), trained(learning, "long")
     before = pretrainings(learning)
-    ladder, varied = parted(condition)
+    ladder, varied, levers = parted(condition)
     several = widest(few) if budgets(widest(few)) > 1 else []
     longer = trained(learning, "compute")
     shared = {(r["run"]["data"], r["run"]["labels"]) for r in longer}
@@ -66,6 +66,7 @@ def sections(
         "tune": (trained(learning, "tune"), TUNE, lambda: arms_table(trained(learning, "tune"), split="held_out")),
         "condition": (ladder, CONDITION, lambda: ladder_table(ladder)),
         "frontier": (varied, FRONTIER, lambda: frontier_table(varied)),
+        "levers": (levers, LEVERS, lambda: ladder_table(levers)),
         "pretraining": (before, PRETRAINING, lambda: pretrained_table(before)),
         "components": (before, COMPONENTS, lambda: components_table(groups(longest(ladder), before))),
         "probes": (list(probes), PROBES, lambda: probes_table(list(probes))),
@@ -75,12 +76,10 @@ def sections(
     return {name: f"{text}\n{table()}\n" if compared(records) else "" for name, (records, text, table) in parts.items()}
 
 
-def parted(condition: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-    """The runs of the ladder of data, and those of the frontier, of the results of `benchmarks.condition`."""
-    sides: tuple[list[Record], list[Record]] = ([], [])
-    for record in condition:
-        sides[record["suite"] == "frontier"].append(record)
-    return sides
+def parted(condition: Sequence[Record]) -> tuple[list[Record], list[Record], list[Record]]:
+    """The ladder of data, the frontier and the levers, of the results of `benchmarks.condition`."""
+    frontier, levers = ([r for r in condition if r["suite"] == suite] for suite in ("frontier", "levers"))
+    return [r for r in condition if r["suite"] not in ("frontier", "levers")], frontier, levers
 
 
 def compared(records: list[Record]) -> bool:
@@ -157,6 +156,12 @@ lowers the noise error of plain denoising; of 1, that the second pass buys nothi
 
 ![What is left of plain denoising's noise error, against the settings](figures/frontier.png)
 """
+LEVERS = """\
+### Other forms of the condition
+
+Each differs from the package's "embedding" in one thing. "Standardised": running mean and variance are taken out of c,
+in place of its LayerNorm. "Moments": half of the channels are pooled by their root mean square over the atoms.
+"""
 PRETRAINING = """\
 ## What the condition carried in pre-training on real structures
 
@@ -223,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     learning, condition, *others = stored(options.results)
     options.page.write_text(fill(options.page.read_text(), sections(learning, condition, *others)))
     figures = options.page.parent / "figures"
-    ladder, varied = parted(condition)
+    ladder, varied, _ = parted(condition)
     with style.printed():
         if found := groups(longest(ladder), pretrainings(learning)):
             figures.mkdir(exist_ok=True)

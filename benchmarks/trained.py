@@ -267,9 +267,13 @@ def denoiser(
     *,
     scd: Mapping[str, Any],
     seed: int,
-    difference: bool = False,
+    change: Callable[[Any], None] | None = None,
 ) -> Any:
-    """A trainer of denoising alone, which reads no labels."""
+    """A trainer of denoising alone, which reads no labels.
+
+    Args:
+        change: makes the model another, in place, before it is trained; weights that it adds are not trained.
+    """
     trainer = make_trainer(
         DENOISING,
         model.block(),
@@ -288,8 +292,8 @@ def denoiser(
         folder=folder,
     )
     KeptNeighbors(trainer._unwrapped_model.backbone)
-    if difference:
-        told_differences(trainer._unwrapped_model)
+    if change is not None:
+        change(trainer._unwrapped_model)
     return trainer
 
 
@@ -325,7 +329,7 @@ def pretrain(model: Model, how: Pretraining, splits: Splits, checkpoint: Path) -
             Path(folder),
             scd=how.scd,
             seed=how.seed,
-            difference=how.difference,
+            change=told_differences if how.difference else None,
         )
         batch = next(iter(trainer.train_loader))
         assert not {"energy", "forces"} & set(batch.keys()), "labels were read in pre-training"

@@ -19,7 +19,18 @@ from fairchem.core.datasets import data_list_collater
 from fairchem.core.models.base import HydraModel
 from fairchem.core.preprocessing import AtomsToGraphs
 
-from benchmarks import condition, condition_tables, databases, frontier, learning, probes, report, structures, tables
+from benchmarks import (
+    condition,
+    condition_tables,
+    databases,
+    forms,
+    frontier,
+    learning,
+    probes,
+    report,
+    structures,
+    tables,
+)
 from benchmarks.neighbors import KeptNeighbors
 from benchmarks.noise import (
     judge,
@@ -32,6 +43,7 @@ from benchmarks.noise import (
 )
 from benchmarks.results import Results, key_of
 from benchmarks.trained import Length, Model, quieten
+from fairchem_scd.denoising.conditions.self_condition import ConditionHead
 from fairchem_scd.testing import stirred
 
 setup_imports()
@@ -267,6 +279,29 @@ def test_shrinkage_leaves_of_the_noise_what_its_formula_says() -> None:
     found = shrinkage_errors(trainer, known, cells.displacement)
     expected = 0.15**2 / (0.15**2 + 0.1**2) * 3 / 4  # of four atoms three move about their mean
     assert abs(found.mean() - expected) < 3 * found.std() / 400**0.5
+
+
+@pytest.mark.parametrize("form", condition.LEVERS)
+def test_other_forms_have_the_same_weights_and_without_a_condition_the_same_model(form: str, batch: Any) -> None:
+    plain = hydra("painn", scd={}, self_supervised=True)
+    model = hydra("painn", scd=condition.FORMS[form].scd, self_supervised=True)
+    names = set(dict(model.named_parameters())) - {"denoising.scd.condition_head.mask_token"}
+    if (change := condition.FORMS[form].change) is not None:
+        change(model)
+        assert set(dict(model.named_parameters())) <= names
+    if form != "mask token":
+        assert torch.equal(model(batch)["forces"], plain(batch)["forces"])
+
+
+def test_moments_of_equal_atoms_are_those_of_one_atom() -> None:
+    head = ConditionHead(8)
+    head.__class__ = forms._Moments
+    atoms, one = torch.randn(1, 8), torch.zeros(1, dtype=torch.long)
+    pooled = []
+    head.structure.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
+    head(atoms, one, 1)
+    head(atoms.expand(3, -1), one.expand(3), 1)
+    torch.testing.assert_close(pooled[1], pooled[0] * torch.tensor([3.0] * 4 + [1.0] * 4))
 
 
 @pytest.mark.parametrize("form", ["embedding", "difference"])
