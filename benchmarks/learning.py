@@ -193,7 +193,9 @@ SUITES = {
         ),
     ),
     "molecule_rates": replace(
-        _MOLECULES, **_RATES, lengths=tuple(Length(1000, 8, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3))
+        _MOLECULES,
+        **{**_RATES, "budgets": ((24,), (384,))},
+        lengths=tuple(Length(1000, 8, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
     ),
     # A step of pre-training has twice as many structures; with SCD each passes twice.
     "compute": replace(_FEW, arms=(PLAIN,), lengths=(Length(2700, 4, 1e-3), Length(5100, 4, 1e-3))),

@@ -19,9 +19,11 @@ from fairchem.core.common.registry import registry
 
 from fairchem_scd import DenoisingHydra
 from fairchem_scd.commands import main
-from fairchem_scd.commands.check import environment
+from fairchem_scd.commands.check import environment, rounds
 from fairchem_scd.commands.check.data import nearest_neighbours
 from fairchem_scd.commands.check.report import Report
+from fairchem_scd.denoising.corruption import corrupt
+from fairchem_scd.denoising.tasks import build_tasks
 from fairchem_scd.testing import slabs
 from tests.support.configs import pretraining, tiny_config
 from tests.support.models import hydra_arguments
@@ -90,6 +92,24 @@ def test_pre_training_is_checked_without_labels(data, tmp_path):
     assert "labels: none are used" in output
     assert "of these 720 are frozen" in output  # 90 elements, 8 channels
     assert "scd        moves" in output.replace("scd         moves", "scd        moves")
+    assert "task.denoising.scd.condition: [] does without it" in output
+
+
+@pytest.mark.parametrize(("condition", "fixed", "share"), [(["self"], 0, "21"), (["self"], 3, "8.2"), ([], 0, None)])
+def test_what_an_embedding_may_explain_follows_from_the_components_of_the_noise(condition, fixed, share):
+    natoms = torch.tensor([2, 5, 11, 1])
+    movable = torch.ones(19, dtype=torch.bool)
+    movable[:fixed] = False
+    task = build_tasks({"scd": {"condition": condition}})[0]["scd"]
+    corruption = corrupt(natoms, "abcd", movable, seed=0, step=1, sigmas=[0.1])
+    said = []
+    rounds.say_condition(task, "task.denoising.scd", corruption, Report(said.append))
+    # 3, 12 and 30 components where all atoms move; with the first three fixed, the second structure has 12 of 4 atoms
+    # and the first has none. A lone atom has nothing to denoise.
+    assert bool(said) == (share is not None)
+    if said:
+        assert f"may explain {share} % of the noise" in said[0]
+        assert "task.denoising.scd.condition: [] does without it" in said[1]
 
 
 def test_distances_to_nearest_neighbours_are_those_of_a_direct_count(rows):

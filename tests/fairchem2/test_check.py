@@ -81,6 +81,7 @@ def test_pre_training_is_checked_without_labels(folder, tmp_path):
     assert "labels: none are used" in output
     assert "frozen" in output
     assert "the noise is predicted" in output
+    assert "runner.train_eval_unit.denoising.scd.condition: [] does without it" in output
 
 
 def test_distances_to_nearest_neighbours_are_those_of_a_direct_count():

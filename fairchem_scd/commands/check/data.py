@@ -11,7 +11,7 @@ from ase.data import chemical_symbols
 from fairchem.core.datasets import data_list_collater
 
 from fairchem_scd.commands.check.report import Report
-from fairchem_scd.commands.check.rounds import say_corruption
+from fairchem_scd.commands.check.rounds import say_condition, say_corruption
 from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.denoising.tasks import DenoisingTask
@@ -87,6 +87,7 @@ def describe_corruption(task: DenoisingTask, rows: list[Any], seed: int, report:
         return
     nearest = np.concatenate([nearest_neighbours(row) for row in rows[:8]])
     say_corruption(task.name, key, corruption, nearest, report)
+    say_condition(task, key, corruption, report)
 
 
 def nearest_neighbours(row: Any) -> np.ndarray:

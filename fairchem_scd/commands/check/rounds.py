@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fairchem_scd.commands.check.costs import say_costs
@@ -18,6 +19,13 @@ from fairchem_scd.denoising.tasks import DenoisingTask
 
 _FAR = 0.25
 """Share of the nearest-neighbour distance. Noise that moves atoms further is reported: they begin to change places."""
+
+
+_COMPONENTS = 1.4
+"""How many components of the noise SCD's embedding explained in small runs on molecules and tiny cells.
+
+See docs/evidence.md, "Why it explains so little of larger structures".
+"""
 
 
 class AlwaysDrawn:
@@ -131,3 +139,32 @@ def say_corruption(name: str, key: str, corruption: Corruption, nearest: np.ndar
     if idle:
         count = len(corruption.sigma)
         report.say("", f"{idle} of {count} structures have nothing to denoise and are left out of its loss")
+
+
+def say_condition(task: DenoisingTask, key: str, corruption: Corruption, report: Report) -> None:
+    """Report what to expect of a task's embedding on structures of this size; nothing for a task without one.
+
+    Args:
+        task: of the run.
+        key: of the task in the config.
+        corruption: of the structures that were looked at; it moves at least one atom.
+        report: gets the lines.
+    """
+    if "self" not in getattr(task.settings, "condition", ()):
+        return
+    share = float((_COMPONENTS / components(corruption)).clamp(max=1).mean())
+    report.say(
+        "",
+        f"its embedding may explain {100 * share:.2g} % of the noise, if as in our small runs it explains about "
+        f"{_COMPONENTS:g} of the 3N - 3 components",
+    )
+    report.say("", f"{key}.condition: [] does without it, at half the cost: docs/pretraining.md")
+
+
+def components(corruption: Corruption) -> Tensor:
+    """Numbers of components of the noise, of the structures that have any: 3N − 3 where all N atoms moved, else 3N."""
+    count = len(corruption.sigma)
+    natoms, moved = (
+        torch.bincount(batch, minlength=count) for batch in (corruption.batch, corruption.batch[corruption.mask])
+    )
+    return (3 * moved - 3 * (moved == natoms))[corruption.corrupted]

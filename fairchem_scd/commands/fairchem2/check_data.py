@@ -13,7 +13,7 @@ from fairchem.core.datasets.atomic_data import AtomicData
 from fairchem.core.units.mlip_unit.mlip_unit import Task
 
 from fairchem_scd.commands.check.report import Report
-from fairchem_scd.commands.check.rounds import say_corruption
+from fairchem_scd.commands.check.rounds import say_condition, say_corruption
 from fairchem_scd.commands.fairchem2.embeddings import collated
 from fairchem_scd.denoising.config_keys import block_called, key_of
 from fairchem_scd.denoising.tasks import DenoisingTask
@@ -94,6 +94,7 @@ def describe_corruption(
         return
     nearest = np.concatenate([nearest_neighbours(row) for row in rows[:8]])
     say_corruption(task.name, key, corruption, nearest, report)
+    say_condition(task, key, corruption, report)
 
 
 def nearest_neighbours(row: AtomicData) -> np.ndarray:
