@@ -12,7 +12,8 @@ Suites, which --only, --arms, --labels and --seeds narrow down:
 
 - few: few labels, from random weights and after pre-training on the structures of all training data;
 - molecules: the same on molecules, which have more structures and fewer atoms;
-- rates, molecule_rates: learning rate and length of these, to be chosen on held-out structures;
+- longer_molecules: molecules with more labels, in longer runs;
+- rates, molecule_rates, longer_molecule_rates: learning rate and length of these, to be chosen on held-out structures;
 - energies: as few, on oxides, whose structures are relaxed: energies alone;
 - compute: plain training from random weights for as long as pre-training and fine-tuning together;
 - heads: as few, with energy heads that start as the host has them;
@@ -184,6 +185,7 @@ _MOLECULES = replace(
 SUITES = {
     "few": _FEW,
     "molecules": _MOLECULES,
+    "longer_molecules": replace(_MOLECULES, budgets=((384,),), lengths=(Length(3000, 8, 2e-3),), tuned={3000: 1e-3}),
     "rates": replace(
         _FEW,
         **_RATES,
@@ -196,6 +198,11 @@ SUITES = {
         _MOLECULES,
         **{**_RATES, "budgets": ((24,), (384,))},
         lengths=tuple(Length(1000, 8, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
+    ),
+    "longer_molecule_rates": replace(
+        _MOLECULES,
+        **{**_RATES, "budgets": ((384,),)},
+        lengths=tuple(Length(3000, 8, lr) for lr in (1e-3, 2e-3, 4e-3)),
     ),
     # A step of pre-training has twice as many structures; with SCD each passes twice.
     "compute": replace(_FEW, arms=(PLAIN,), lengths=(Length(2700, 4, 1e-3), Length(5100, 4, 1e-3))),

@@ -27,11 +27,14 @@ from benchmarks.tables import (
     properties_table,
     saved_table,
     trained,
+    tuned,
     widest,
 )
 from fairchem_scd.commands import pictures as style
 
 HERE = Path(__file__).parent
+FEW_LABELS = ("few", "energies", "molecules", "longer_molecules")
+"""Suites of few labels."""
 PAGE = HERE.parent / "docs" / "evidence.md"
 
 
@@ -44,10 +47,10 @@ def sections(
 ) -> dict[str, str]:
     """The markdown of each section by the name of its marks; empty where there is nothing to compare yet."""
     gaps, second = ([r for r in records if "arm" in r["run"]] for records in (properties, fairchem2))
-    few, long = trained(learning, "few", "energies", "molecules"), trained(learning, "long")
+    few, long = trained(learning, *FEW_LABELS), trained(learning, "long")
     before = pretrainings(learning)
     ladder, varied, levers = parted(condition)
-    several = widest(few) if budgets(widest(few)) > 1 else []
+    several = tuned(widest(few)) if budgets(widest(few)) > 1 else []
     longer = trained(learning, "compute")
     shared = {(r["run"]["data"], r["run"]["labels"]) for r in longer}
     compute = longer + [r for r in widest(few) if (r["run"]["data"], r["run"]["labels"]) in shared]
@@ -103,7 +106,8 @@ labelled by GFN2-xTB (`benchmarks/molecules.py`); the test frames are later ones
 LABELS = """\
 ![Test errors against the number of labels](figures/few_labels.png)
 
-How many times more labels plain training needs for the same error (of forces; on oxides of energies), between the
+Each point has the length of training and the learning rate that were best on held-out structures, of those in the table
+above. Plain training needs so many times more labels for the same error (of forces; on oxides of energies), between the
 numbers of labels tried:
 """
 COMPUTE = """\
@@ -234,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
             figures.mkdir(exist_ok=True)
             draw_components(found, figures / "components.png")
         for draw, records, name in (
-            (draw_labels, widest(trained(learning, "few", "energies", "molecules")), "few_labels"),
+            (draw_labels, tuned(widest(trained(learning, *FEW_LABELS))), "few_labels"),
             (draw_curves, trained(learning, "long"), "beside_labels"),
             (draw_ladder, ladder, "condition"),
             (draw_frontier, varied, "frontier"),

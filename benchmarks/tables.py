@@ -217,9 +217,9 @@ def saved_table(records: list[Record]) -> str:
     return table(["data", "training", "labels", "seeds", "plain training needs so many times more", ""], rows)
 
 
-def _error(record: Record) -> float:
-    test = record["scores"]["test"]
-    return test.get("force_mae", test["energy_mae"])
+def _error(record: Record, split: str = "test") -> float:
+    errors = record["scores"][split]
+    return errors.get("force_mae", errors["energy_mae"])
 
 
 def budgets(records: Iterable[Record]) -> int:
@@ -240,6 +240,25 @@ def widest(records: list[Record]) -> list[Record]:
     """The runs of the widest model, so that one curve holds one model."""
     most = max(map(channels, records), default=0)
     return [record for record in records if channels(record) == most]
+
+
+def tuned(records: Sequence[Record]) -> list[Record]:
+    """The runs of the length and learning rate that were best on held-out structures, for each data, arm and labels.
+
+    Among those that as many seeds were run with as with any other; by the mean error of forces, else of energies.
+    """
+    chosen = []
+    groups = by_seed(records, lambda r: (r["run"]["data"], r["run"]["arm"], number_of_labels(r), _length(r)))
+    for cell in dict.fromkeys(key[:-1] for key in groups):
+        lengths = [list(seeds.values()) for key, seeds in groups.items() if key[:-1] == cell]
+        most = max(map(len, lengths))
+        whole = [runs for runs in lengths if len(runs) == most]
+        chosen += min(whole, key=lambda runs: statistics.mean(_error(run, "held_out") for run in runs))
+    return chosen
+
+
+def _length(record: Record) -> tuple[int, float]:
+    return record["run"]["length"]["steps"], record["run"]["length"]["lr"]
 
 
 def number_of_labels(record: Record) -> int:

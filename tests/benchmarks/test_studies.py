@@ -51,8 +51,9 @@ setup_imports()
 
 def record(arm: str, seed: int, force: float, labels: int | None = 12, energy: float = 0.01) -> dict[str, Any]:
     run = {"data": "Mo", "arm": arm, "seed": seed, "labels": labels, "model": {"backbone": "painn", "channels": 8}}
-    run["length"] = {"steps": 300}
-    scores = {"test": {"force_mae": force, "energy_mae": energy}, "seconds_per_step": 0.5}
+    run["length"] = {"steps": 300, "lr": 0.001}
+    errors = {"force_mae": force, "energy_mae": energy}
+    scores = {"test": errors, "held_out": errors, "seconds_per_step": 0.5}
     return {"suite": "few", "run": run, "scores": scores}
 
 
@@ -348,6 +349,20 @@ def test_labels_saved_are_exact_on_a_power_law() -> None:
     records = [record("plain", 0, error, n) for n, error in curve.items()]
     line = tables.saved_table([*records, record("SCD, then plain", 0, 8 / 36**0.5, 12)]).splitlines()[-1]
     assert "| 12 | 1 | 3.0 |" in line
+
+
+def test_the_length_that_is_best_on_held_out_structures_is_taken_for_each_arm_and_budget() -> None:
+    def run(arm: str, seed: int, steps: int, held_out: float, test: float) -> dict[str, Any]:
+        line = record(arm, seed, test)
+        line["run"]["length"]["steps"] = steps
+        line["scores"]["held_out"] = {"force_mae": held_out, "energy_mae": 0.0}
+        return line
+
+    short = [run("plain", seed, 300, 0.3, 0.1) for seed in (0, 1)]
+    long = [run("plain", seed, 1000, 0.2, 0.4) for seed in (0, 1)]
+    once = run("plain", 0, 3000, 0.1, 0.1)  # not for as many seeds
+    other = [run("SCD", 0, 300, 0.1, 0.2), run("SCD", 0, 1000, 0.2, 0.1)]
+    assert tables.tuned([*short, *long, once, *other]) == [*long, other[0]]
 
 
 def test_arms_stand_beside_plain_training_of_the_same_labels() -> None:
