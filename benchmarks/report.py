@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.components import components_table, draw_components, groups
 from benchmarks.condition_tables import ladder_table, pretrained_table, pretrainings, probes_table
 from benchmarks.figures import draw_curves, draw_labels, draw_ladder, longest
 from benchmarks.frontier import draw_frontier, frontier_table
-from benchmarks.results import Results
+from benchmarks.learning import SUITES
+from benchmarks.results import Results, key_of
 from benchmarks.tables import (
     Record,
     arms_table,
@@ -47,7 +49,7 @@ def sections(
 ) -> dict[str, str]:
     """The markdown of each section by the name of its marks; empty where there is nothing to compare yet."""
     gaps, second = ([r for r in records if "arm" in r["run"]] for records in (properties, fairchem2))
-    few, long = trained(learning, *FEW_LABELS), trained(learning, "long")
+    few, long = few_labels(learning), trained(learning, "long")
     before = pretrainings(learning)
     ladder, varied, levers = parted(condition)
     several = tuned(widest(few)) if budgets(widest(few)) > 1 else []
@@ -77,6 +79,15 @@ def sections(
         "fairchem2": (second, FAIRCHEM2, lambda: fairchem2_table(second)),
     }
     return {name: f"{text}\n{table()}\n" if compared(records) else "" for name, (records, text, table) in parts.items()}
+
+
+def few_labels(learning: list[Record]) -> list[Record]:
+    """Runs of few labels. Some of them are runs of a suite of rates too, and may have been done there."""
+    wanted = {run["seed"] for run in (record["run"] for record in learning) if "arm" in run}
+    suites = (SUITES[name] for name in FEW_LABELS)
+    keys = {key_of(asdict(run)) for suite in suites for run in suite.runs(sorted(wanted))}
+    runs = (record for record in learning if "arm" in record["run"])
+    return [r for r in runs if r["suite"] in FEW_LABELS or key_of(r["run"]) in keys]
 
 
 def parted(condition: Sequence[Record]) -> tuple[list[Record], list[Record], list[Record]]:
@@ -238,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
             figures.mkdir(exist_ok=True)
             draw_components(found, figures / "components.png")
         for draw, records, name in (
-            (draw_labels, tuned(widest(trained(learning, *FEW_LABELS))), "few_labels"),
+            (draw_labels, tuned(widest(few_labels(learning))), "few_labels"),
             (draw_curves, trained(learning, "long"), "beside_labels"),
             (draw_ladder, ladder, "condition"),
             (draw_frontier, varied, "frontier"),

@@ -421,6 +421,16 @@ def test_structures_passed_count_pretraining_and_both_passes_of_scd() -> None:
     assert tables.passed({"length": length, "pretraining": {**before, "scd": {"std": 0.04}}}) == 1200 + 6400
 
 
+def test_runs_of_few_labels_count_as_such_where_the_choice_of_rates_has_done_them() -> None:
+    runs = [run for run in learning.SUITES["rates"].runs([0]) if run.data == "Mo" and run.arm == "plain"]
+    records = [{**record("plain", 0, 0.1), "suite": "rates", "run": asdict(run)} for run in runs]
+    usual = {length.lr for length in learning.SUITES["few"].lengths}
+    found = report.few_labels(records)
+    assert {(r["run"]["length"]["steps"], r["run"]["length"]["lr"]) for r in found} == {(300, 4e-3), (1000, 1e-3)}
+    assert usual == {4e-3, 1e-3}
+    assert len(records) > 2
+
+
 def test_only_what_stands_between_marks_is_replaced() -> None:
     page = "a\n<!-- begin few -->\nold\n<!-- end few -->\nb\n"
     assert report.fill(page, {"few": "new\n", "more": ""}) == page.replace("old", "new")
