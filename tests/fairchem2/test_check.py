@@ -17,7 +17,7 @@ from ase.constraints import FixAtoms
 from fairchem_scd.commands.fairchem2.check_data import nearest_neighbours
 from fairchem_scd.fairchem2.unit import DenoisingTrainEvalUnit
 from tests.fairchem2.command_line import fairchem_scd
-from tests.fairchem2.support import crystal, crystals, model_config, row, run_config, task, write
+from tests.fairchem2.support import broken, crystal, crystals, database, model_config, row, run_config, task, write
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,22 @@ def test_data_that_is_not_there_is_a_problem(folder, tmp_path):
     ]
     (problem,) = problems(check(config, tmp_path / "config.yaml", code=1))
     assert "none.aselmdb" in problem
+
+
+@pytest.mark.parametrize("on_bad_data", ["stop", "skip"])
+def test_a_row_that_cannot_be_read_is_a_problem_where_it_would_end_the_run(on_bad_data, tmp_path):
+    write(tmp_path, "train", crystals(6))
+    write(tmp_path, "val", crystals(3, seed=50))
+    broken(database(tmp_path, "train"), 3)
+    config = run_config(tmp_path, denoising={"scd": {}, "on_bad_data": on_bad_data})
+    stops = on_bad_data == "stop"
+    output = check(config, tmp_path / "config.yaml", code=int(stops))
+    if stops:
+        advice = r"With runner\.train_eval_unit\.denoising\.on_bad_data: skip"
+        assert any(re.search(rf"mo\.train, row 2: cannot be read.* {advice}", found) for found in problems(output))
+    else:
+        assert "No problems found." in output
+        assert "train: 1 of the rows looked at will be left out; the first: mo.train, row 2: cannot be read" in output
 
 
 def test_a_loss_that_is_not_finite_is_a_problem(folder, tmp_path):

@@ -6,7 +6,6 @@ import pickle
 from contextlib import nullcontext
 from functools import partial
 
-import lmdb
 import numpy as np
 import pytest
 import torch
@@ -14,7 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from fairchem_scd.errors import ConfigError, DataError
 from fairchem_scd.fairchem2.rows import Guarded, check_row
-from tests.fairchem2.support import UNIT, crystal, crystals, database, model_config, row, run, run_config, write
+from tests.fairchem2.support import UNIT, broken, crystal, crystals, database, model_config, row, run, run_config, write
 
 TASKS = [type("T", (), {"name": name, "datasets": ["mo"]}) for name in ("energy", "forces")]
 
@@ -26,12 +25,6 @@ class Rows(list):
         if (row := super().__getitem__(index)) is None:
             raise OSError("damaged")
         return row
-
-
-def broken(path, number):
-    """Damage a row of a database."""
-    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as transaction:
-        assert transaction.put(str(number).encode(), b"no row")
 
 
 def with_label(atoms, **labels):

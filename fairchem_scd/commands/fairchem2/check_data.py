@@ -17,8 +17,9 @@ from fairchem_scd.commands.check.rounds import say_condition, say_corruption
 from fairchem_scd.commands.fairchem2.embeddings import collated
 from fairchem_scd.denoising.config_keys import block_called, key_of
 from fairchem_scd.denoising.tasks import DenoisingTask
-from fairchem_scd.errors import DataError, first_line
+from fairchem_scd.errors import DataError
 from fairchem_scd.fairchem2.batch import structures_of
+from fairchem_scd.fairchem2.rows import guard, row_check, with_advice
 from fairchem_scd.fairchem2.setup import KEY
 from fairchem_scd.fairchem2.unit import DenoisingTrainEvalUnit
 
@@ -28,20 +29,23 @@ _ROWS = 32
 _CUTOFF = 6.0
 
 
-def describe(split: str, dataset: Any, tasks: Sequence[Task], report: Report) -> list[AtomicData]:
-    """Report what rows evenly spaced over a dataset hold, and return them.
+def describe(split: str, loader: Any, unit: DenoisingTrainEvalUnit, report: Report) -> list[AtomicData]:
+    """Report what rows evenly spaced over the data hold, and return them.
 
     Args:
         split: "train" or "val".
-        dataset: of a loader.
-        tasks: the host's.
+        loader: of the host; its datasets get the guards that they have in training.
+        unit: of the run.
         report: gets the lines.
 
     Raises:
-        DataError: a row cannot be read; names it.
+        DataError: a row cannot be trained on, and the run would end there; names it.
     """
+    guard(loader, row_check(unit.tasks, unit.model.module.adapter))
+    dataset, tasks = loader.dataset, unit.tasks
     indices = np.unique(np.linspace(0, len(dataset) - 1, min(_ROWS, len(dataset))).round().astype(int))
-    rows = [_row(dataset, int(index), split) for index in indices]
+    rows = [dataset[int(index)] for index in indices]
+    _say_left_out(split, rows, skip=unit.setup.settings.on_bad_data == "skip", report=report)
     counts = np.array([len(row.pos) for row in rows])
     elements = torch.cat([row.atomic_numbers.view(-1) for row in rows]).long().unique().tolist()
     low, high = int(counts.min()), int(counts.max())
@@ -56,14 +60,12 @@ def describe(split: str, dataset: Any, tasks: Sequence[Task], report: Report) ->
     return rows
 
 
-def _row(dataset: Any, index: int, split: str) -> AtomicData:
-    try:
-        row = dataset[index]
-    except Exception as error:
-        raise DataError(f"{split}: structure {index} cannot be read ({first_line(error)})") from error
-    if not bool(row.pos.isfinite().all()):
-        raise DataError(f"{split}: structure {index} (sid {row.sid}): positions that are not finite")
-    return row
+def _say_left_out(split: str, rows: Sequence[AtomicData], *, skip: bool, report: Report) -> None:
+    found = list(dict.fromkeys(line for row in rows for line in row.get("bad_data", "").splitlines()))
+    if found and not skip:
+        raise DataError(with_advice(found[0]))
+    if found:
+        report.caution(f"{split}: {len(found)} of the rows looked at will be left out; the first: {found[0]}")
 
 
 def _label(task: Task, rows: Sequence[AtomicData]) -> str:

@@ -14,6 +14,7 @@ from tests.fairchem2.support.configs import (
 )
 from tests.fairchem2.support.data import (
     batch_of,
+    broken,
     cluster,
     crystal,
     crystals,
@@ -34,6 +35,7 @@ __all__ = [
     "Loader",
     "Run",
     "batch_of",
+    "broken",
     "cluster",
     "converted",
     "crystal",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ase.db
+import lmdb
 import numpy as np
 from ase import Atoms
 from ase.build import bulk, molecule
@@ -90,3 +91,9 @@ def batch_of(structures: Sequence[Atoms], **how: Any) -> AtomicData:
             for each in rows:
                 each.__keys__.discard(key)
     return atomicdata_list_to_batch(rows)
+
+
+def broken(path: Path, number: int) -> None:
+    """Damage a row of a database."""
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as transaction:
+        assert transaction.put(str(number).encode(), b"no row")
