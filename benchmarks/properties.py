@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from torch import Tensor
 
 from benchmarks import databases, learning, structures
 from benchmarks.common import DENOISING, PLAIN, existing_folder, make_trainer, use_threads
@@ -58,6 +59,7 @@ class Run:
         labels: how many frames have labels.
         noisy_nodes: train noisy nodes beside the property.
         pretraining: before that; None: random weights.
+        readout: of the atoms' contributions; a gap does not grow with the molecule, so their mean.
     """
 
     arm: str
@@ -68,6 +70,7 @@ class Run:
     noisy_nodes: bool
     pretraining: Pretraining | None = None
     data: str = "gaps"
+    readout: str = "mean"
 
 
 def runs(backbone: str, budgets: Sequence[int], seeds: Sequence[int], rates: Sequence[float]) -> Iterator[Run]:
@@ -134,12 +137,20 @@ def train(run: Run, splits: Splits, start: Path | None) -> dict[str, Any]:
             forces=False,
         )
         KeptNeighbors(trainer._unwrapped_model.backbone)
+        if run.model.backbone == "painn":
+            trainer._unwrapped_model.output_heads["energy"].register_forward_hook(mean_of_atoms)
         quieten(trainer)
         watch = Watch(trainer, lambda t: {"mae": error(t, t.val_dataset)}, 5, "energy_mae")
         scores = watch.train(trainer)
         with averaged(trainer):
             scores |= {"held_out": error(trainer, trainer.val_dataset), "test": error(trainer, test)}
     return scores
+
+
+def mean_of_atoms(head: Any, inputs: tuple[Any, ...], out: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A forward hook for heads that add up what the atoms give: the mean in place of the sum."""
+    data = inputs[0]
+    return {"energy": out["energy"] / data.natoms.view_as(out["energy"])}
 
 
 @torch.no_grad()

@@ -205,7 +205,7 @@ PROPERTIES = """\
 Frames of molecular dynamics of 88 molecules at 300 to 1000 K, with gaps by GFN2-xTB (`benchmarks/molecules.py`). The
 test frames are of the same molecules, later in their trajectories. Pre-training has all training frames but the
 held-out ones, without labels; batches of 8 frames fine-tune, with noisy nodes beside the property and without.
-"Scratch" begins with random weights; "change" is against it, by seed.
+"Scratch" begins with random weights; "change" is against it, by seed. "Readout": of the atoms' contributions.
 """
 FAIRCHEM2 = """\
 ## fairchem 2.x

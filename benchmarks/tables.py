@@ -130,6 +130,7 @@ def properties_table(records: list[Record]) -> str:
             "labels": lambda r: r["run"]["labels"],
             "steps": lambda r: r["run"]["length"]["steps"],
             "learning rate": lambda r: r["run"]["length"]["lr"],
+            "readout": lambda r: r["run"].get("readout", "sum"),
         },
         {"gap MAE, eV": lambda r: r["scores"]["test"]},
         first="scratch",

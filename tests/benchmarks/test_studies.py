@@ -451,7 +451,7 @@ def test_arms_of_other_studies_are_compared_with_their_first_arm_by_seed() -> No
 
     gaps = [gap("scratch", 0, 1.0), gap("scratch", 1, 2.0), gap("SCD", 0, 0.5), gap("SCD", 1, 1.0)]
     assert (
-        "| painn | 8 | 64 | 600 | 0.002 | SCD | 2 | 0.75 ± 0.35 | -50 ± 0 % |"
+        "| painn | 8 | 64 | 600 | 0.002 | sum | SCD | 2 | 0.75 ± 0.35 | -50 ± 0 % |"
         in report.sections([], [], gaps)["properties"]
     )
 
