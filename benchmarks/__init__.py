@@ -1,1 +1,1 @@
-"""Benchmarks, run as modules from the top of the repository: `python -m benchmarks.learning --help`."""
+"""Benchmarks, run as modules from the top of the repository: `python -m benchmarks.evidence.learning --help`."""

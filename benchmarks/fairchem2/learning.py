@@ -34,8 +34,8 @@ from fairchem.core import FAIRChemCalculator
 from fairchem.core._cli import main as fairchem
 from fairchem.core.common import distutils
 
-from benchmarks import databases
-from benchmarks.results import Results, environment, key_of
+from benchmarks.evidence import databases
+from benchmarks.evidence.results import Results, environment, key_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "fairchem2.jsonl"
 DATA = ("Mo", "Li", "oxides")

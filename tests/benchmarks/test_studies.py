@@ -19,7 +19,7 @@ from fairchem.core.datasets import data_list_collater
 from fairchem.core.models.base import HydraModel
 from fairchem.core.preprocessing import AtomsToGraphs
 
-from benchmarks import (
+from benchmarks.evidence import (
     condition,
     condition_tables,
     databases,
@@ -31,8 +31,8 @@ from benchmarks import (
     structures,
     tables,
 )
-from benchmarks.neighbors import KeptNeighbors
-from benchmarks.noise import (
+from benchmarks.evidence.neighbors import KeptNeighbors
+from benchmarks.evidence.noise import (
     judge,
     judged,
     mean_of_structures,
@@ -41,8 +41,8 @@ from benchmarks.noise import (
     shrinkage_errors,
     told_differences,
 )
-from benchmarks.results import Results, key_of
-from benchmarks.trained import Length, Model, quieten
+from benchmarks.evidence.results import Results, key_of
+from benchmarks.evidence.trained import Length, Model, quieten
 from fairchem_scd.denoising.conditions.self_condition import ConditionHead
 from fairchem_scd.testing import stirred
 

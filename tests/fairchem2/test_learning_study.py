@@ -12,9 +12,9 @@ import torch
 import yaml
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from benchmarks import databases
+from benchmarks.evidence import databases
+from benchmarks.evidence.results import Results
 from benchmarks.fairchem2 import learning
-from benchmarks.results import Results
 from tests.fairchem2.support import batch_of, crystals
 
 ENERGIES = {13: -3.7, 29: 1.25, 47: 0.5}  # of the elements of `crystals`, eV

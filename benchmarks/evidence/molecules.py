@@ -4,7 +4,7 @@ The molecules are those of ASE's G2 collection that have at least `--atoms` atom
 Langevin dynamics at several temperatures; a frame is kept every so many femtoseconds. The first part of a trajectory is
 for training and the last for testing, with a stretch between them that neither has.
 
-    uv run python -m benchmarks.molecules FOLDER
+    uv run python -m benchmarks.evidence.molecules FOLDER
 
 writes FOLDER/molecules_train.db and FOLDER/molecules_test.db, ASE databases. A row's `data` has `gap` [eV] and
 `temperature` [K]; its key `molecule` has the name.
@@ -120,7 +120,7 @@ def write(folder: Path, at_least: int, how: Trajectory, seed: int) -> tuple[int,
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.molecules",
+        prog="python -m benchmarks.evidence.molecules",
         description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

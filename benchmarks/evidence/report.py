@@ -1,6 +1,6 @@
 """Sections of docs/evidence.md, their tables and figures, drawn from the files of results.
 
-    python -m benchmarks.report
+    python -m benchmarks.evidence.report
 
 Each section is written between its marks `<!-- begin NAME -->` and `<!-- end NAME -->` of the page, figures to
 docs/figures. Nothing is trained. A comparison of which there are not two sides yet is left out.
@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.components import components_table, draw_components, groups
-from benchmarks.condition_tables import ladder_table, pretrained_table, pretrainings, probes_table
-from benchmarks.figures import draw_curves, draw_labels, draw_ladder, longest
-from benchmarks.frontier import draw_frontier, frontier_table
-from benchmarks.learning import SUITES
-from benchmarks.results import Results, key_of
-from benchmarks.tables import (
+from benchmarks.evidence.components import components_table, draw_components, groups
+from benchmarks.evidence.condition_tables import ladder_table, pretrained_table, pretrainings, probes_table
+from benchmarks.evidence.figures import draw_curves, draw_labels, draw_ladder, longest
+from benchmarks.evidence.frontier import draw_frontier, frontier_table
+from benchmarks.evidence.learning import SUITES
+from benchmarks.evidence.results import Results, key_of
+from benchmarks.evidence.tables import (
     Record,
     arms_table,
     budgets,
@@ -34,7 +34,7 @@ from benchmarks.tables import (
 )
 from fairchem_scd.commands import pictures as style
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 FEW_LABELS = ("few", "energies", "molecules", "longer_molecules")
 """Suites of few labels."""
 PAGE = HERE.parent / "docs" / "evidence.md"
@@ -91,7 +91,7 @@ def few_labels(learning: list[Record]) -> list[Record]:
 
 
 def parted(condition: Sequence[Record]) -> tuple[list[Record], list[Record], list[Record]]:
-    """The ladder of data, the frontier and the levers, of the results of `benchmarks.condition`."""
+    """The ladder of data, the frontier and the levers, of the results of `benchmarks.evidence.condition`."""
     frontier, levers = ([r for r in condition if r["suite"] == suite] for suite in ("frontier", "levers"))
     return [r for r in condition if r["suite"] not in ("frontier", "levers")], frontier, levers
 
@@ -112,7 +112,7 @@ FEW = """\
 
 Each seed pre-trains anew, on the structures of all training data but the held-out fifth, without labels. "Change" is
 against plain training of the same seed. Molecules are frames of molecular dynamics of 88 molecules at 300 to 1000 K,
-labelled by GFN2-xTB (`benchmarks/molecules.py`); the test frames are later ones of the same trajectories.
+labelled by GFN2-xTB (`benchmarks/evidence/molecules.py`); the test frames are later ones of the same trajectories.
 """
 LABELS = """\
 ![Test errors against the number of labels](figures/few_labels.png)
@@ -157,7 +157,7 @@ worse. Noise errors are the mean square error over σ² on held-out structures, 
 predicting zero has 1 − 1/N for N atoms. "None" is the same model without an embedding, which it is trained for on a
 fifth of the structures. Whether the condition is worth its second pass is to be read off the ratio to plain denoising
 of the same number of steps. "Dimensions" is the participation ratio of what structures are told. "Difference" is a form
-that is only in `benchmarks/noise.py`: each block is told by how much the mean of its l = 0 features differs between the
+that is only in `benchmarks/evidence/noise.py`: each block is told by how much the mean of its l = 0 features differs between the
 clean structure and the noisy one. "Shrinkage" is no model but the best that can be said without a condition, where
 structures are lattices with normal displacements of standard deviation s: ε̂ = (x̃ − r) σ² / (σ² + s²) for sites r.
 
@@ -202,7 +202,7 @@ over, 100 where the embedding is worth no more than the mean; energies are per a
 PROPERTIES = """\
 ## A scalar property: HOMO-LUMO gaps
 
-Frames of molecular dynamics of 88 molecules at 300 to 1000 K, with gaps by GFN2-xTB (`benchmarks/molecules.py`). The
+Frames of molecular dynamics of 88 molecules at 300 to 1000 K, with gaps by GFN2-xTB (`benchmarks/evidence/molecules.py`). The
 test frames are of the same molecules, later in their trajectories. Pre-training has all training frames but the
 held-out ones, without labels; batches of 8 frames fine-tune, with noisy nodes beside the property and without.
 "Scratch" begins with random weights; "change" is against it, by seed. "Readout": of the atoms' contributions.
@@ -234,7 +234,9 @@ def stored(folder: Path) -> list[list[Record]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evidence.report", description=__doc__.partition("\n\n")[0]
+    )
     parser.add_argument(
         "--results", type=Path, default=HERE / "results", metavar="FOLDER", help="of the files of results"
     )

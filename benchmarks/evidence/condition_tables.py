@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from benchmarks.tables import Record, by_seed, channels, spread, table
+from benchmarks.evidence.tables import Record, by_seed, channels, spread, table
 from fairchem_scd.denoising.condition_report import Gain
 
 
@@ -31,7 +31,7 @@ def ladder_table(records: list[Record]) -> str:
 
 
 def pretrained_table(records: list[Record]) -> str:
-    """What the condition carried in the pre-trainings of `benchmarks.learning`, beside plain denoising of equal steps.
+    """What the condition carried in the pre-trainings of `learning`, beside plain denoising of equal steps.
 
     Args:
         records: lines of pre-trainings, see `pretrainings`.
@@ -70,7 +70,7 @@ def pretrained_table(records: list[Record]) -> str:
 
 
 def pretrainings(records: Iterable[Record]) -> list[Record]:
-    """The lines of pre-trainings that were judged, among the results of `benchmarks.learning`."""
+    """The lines of pre-trainings that were judged, among the results of `benchmarks.evidence.learning`."""
     return [r for r in records if "arm" not in r["run"] and "structures" in r["scores"]]
 
 
@@ -118,5 +118,5 @@ def with_error(pair: Sequence[float] | None) -> str:
 
 
 def but_form(record: Record) -> str:
-    """A name for all settings of a run of `benchmarks.condition` but the form of its condition."""
+    """A name for all settings of a run of `benchmarks.evidence.condition` but the form of its condition."""
     return repr(sorted((key, repr(value)) for key, value in record["run"].items() if key != "form"))

@@ -1,4 +1,4 @@
-"""Other forms of SCD's condition, which `benchmarks.condition` compares with the package's.
+"""Other forms of SCD's condition, which `benchmarks.evidence.condition` compares with the package's.
 
 Each function changes a `DenoisingHydra` in place, before it is trained, and adds no weights.
 """

@@ -4,9 +4,9 @@ Arms of training × data × label budgets × seeds. A fifth of the training data
 files are looked at once, by finished runs. Runs end with one line each in the results file; a run that is in there is
 not run again, and several processes may share the file:
 
-    python -m benchmarks.learning few --data FOLDER --seeds 0 1 2
-    python -m benchmarks.learning long --data FOLDER --only Mo
-    python -m benchmarks.report
+    python -m benchmarks.evidence.learning few --data FOLDER --seeds 0 1 2
+    python -m benchmarks.evidence.learning long --data FOLDER --only Mo
+    python -m benchmarks.evidence.report
 
 Suites, which --only, --arms, --labels and --seeds narrow down:
 
@@ -34,12 +34,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import structures
 from benchmarks.common import existing_folder, use_threads
-from benchmarks.results import Results, environment
-from benchmarks.trained import Length, Model, Pretraining, start_of, train_labels
+from benchmarks.evidence import structures
+from benchmarks.evidence.results import Results, environment
+from benchmarks.evidence.trained import Length, Model, Pretraining, start_of, train_labels
 
-RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "learning.jsonl"
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def chosen(options: argparse.Namespace) -> Iterator[Run]:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     summary, _, epilog = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.learning",
+        prog="python -m benchmarks.evidence.learning",
         description=summary,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,8 +8,8 @@ from typing import Any
 
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from benchmarks.condition import SHRINKAGE
-from benchmarks.tables import Record, by_seed, number_of_labels
+from benchmarks.evidence.condition import SHRINKAGE
+from benchmarks.evidence.tables import Record, by_seed, number_of_labels
 from fairchem_scd.commands import pictures as style
 
 

@@ -1,12 +1,12 @@
 """What frozen embeddings hold: linear and nearest-neighbour probes of features and of SCD's c.
 
-The backbones are those that `benchmarks.learning` pre-trained, one for each seed, beside two that are made here: with
-random weights, and trained on all labels for as many steps as pre-training had. A probe sees the features pooled over a
+The backbones are those that `benchmarks.evidence.learning` pre-trained, one for each seed, beside two that are made
+here: with random weights, and trained on all labels for as many steps as pre-training had. A probe sees the features pooled over a
 structure's atoms, or c, and no gradient reaches the backbone: ridge regression for energy per atom, volume per atom and
 the HOMO-LUMO gap, and the class of the nearest structure for the group of a metal's structure. Probes are fitted to the
 training structures and scored on the test file. Runs end with one line each in the results file:
 
-    python -m benchmarks.probes --data FOLDER --learning RESULTS --only Mo --seeds 0 1 2
+    python -m benchmarks.evidence.probes --data FOLDER --learning RESULTS --only Mo --seeds 0 1 2
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from benchmarks import databases, learning, structures
 from benchmarks.common import existing_folder, use_threads
-from benchmarks.results import Results, environment, key_of
-from benchmarks.structures import KeptAseDB, Splits
-from benchmarks.trained import Length, Model, Pretraining, denoiser, train_labels
+from benchmarks.evidence import databases, learning, structures
+from benchmarks.evidence.results import Results, environment, key_of
+from benchmarks.evidence.structures import KeptAseDB, Splits
+from benchmarks.evidence.trained import Length, Model, Pretraining, denoiser, train_labels
 from fairchem_scd.commands.embed.embeddings import embed
 
-RESULTS = Path(__file__).parent / "results" / "probes.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "probes.jsonl"
 SUITES = {"Mo": "few", "Li": "few", "molecules": "molecules"}
-"""Where `benchmarks.learning` has the data's model and pre-training."""
+"""Where `benchmarks.evidence.learning` has the data's model and pre-training."""
 UNTRAINED, SUPERVISED = "random weights", "energy and forces, all labels"
 PENALTIES = np.logspace(-4, 4, 17)
 """Of ridge regression on standardised features, times the number of structures."""
@@ -144,7 +144,7 @@ def load(name: str, folder: Path) -> tuple[list[Atoms], list[Atoms], dict[str, t
 
 
 def checkpoint_of(run: Run, learned: Results, folder: Path, splits: Splits, kept: Path) -> Path | None:
-    """The checkpoint of a run's backbone; None: `benchmarks.learning` has not pre-trained it yet."""
+    """The checkpoint of a run's backbone; None: `benchmarks.evidence.learning` has not pre-trained it yet."""
     if run.pretraining is not None:
         settings = {"data": run.data, "model": asdict(run.model), "pretraining": asdict(run.pretraining)}
         path = learned.path.with_suffix(".checkpoints") / f"{key_of(settings)}.pt"
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     summary, _, epilog = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.probes",
+        prog="python -m benchmarks.evidence.probes",
         description=summary,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,

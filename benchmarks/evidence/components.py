@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.condition_tables import but_form, pretraining_of, told_of
-from benchmarks.figures import plain_ticks
-from benchmarks.tables import Record, spread, table
+from benchmarks.evidence.condition_tables import but_form, pretraining_of, told_of
+from benchmarks.evidence.figures import plain_ticks
+from benchmarks.evidence.tables import Record, spread, table
 from fairchem_scd.commands import pictures as style
 from fairchem_scd.denoising.condition_report import Gain
 
@@ -65,8 +65,8 @@ def groups(ladder: Sequence[Record], before: Sequence[Record]) -> list[Group]:
     """Groups of like size, of all models that have plain denoising of as many steps beside them.
 
     Args:
-        ladder: lines of `benchmarks.condition`, the longest runs of each data set.
-        before: lines of the pre-trainings of `benchmarks.learning`.
+        ladder: lines of `benchmarks.evidence.condition`, the longest runs of each data set.
+        before: lines of the pre-trainings of `benchmarks.evidence.learning`.
     """
     plain = {but_form(r): r for r in ladder if r["run"]["form"] == "plain"}
     plain |= {repr(pretraining_of(r)): r for r in before if told_of(r) == "plain"}

@@ -2,10 +2,10 @@
 
 PaiNN or EquiformerV2 learns the gap of frames of molecular dynamics from few labels: from random weights, and from
 weights pre-trained on the structures of all training frames; with noisy nodes beside the property, as SCD's paper
-fine-tunes, and without. The data are made by `python -m benchmarks.molecules FOLDER`. PaiNN starts from the
-pre-trainings of the suite `molecules` of `benchmarks.learning`.
+fine-tunes, and without. The data are made by `python -m benchmarks.evidence.molecules FOLDER`. PaiNN starts from the
+pre-trainings of the suite `molecules` of `benchmarks.evidence.learning`.
 
-    python -m benchmarks.properties --data FOLDER --learning RESULTS --seeds 0 1 2
+    python -m benchmarks.evidence.properties --data FOLDER --learning RESULTS --seeds 0 1 2
 
 Runs end with one line each in the results file; a run that is in there is not run again.
 """
@@ -29,14 +29,14 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from torch import Tensor
 
-from benchmarks import databases, learning, structures
 from benchmarks.common import DENOISING, PLAIN, existing_folder, make_trainer, use_threads
-from benchmarks.neighbors import KeptNeighbors
-from benchmarks.results import Results, environment
-from benchmarks.structures import KeptAseDB, Splits, write
-from benchmarks.trained import Length, Model, Pretraining, Watch, averaged, quieten, start_of
+from benchmarks.evidence import databases, learning, structures
+from benchmarks.evidence.neighbors import KeptNeighbors
+from benchmarks.evidence.results import Results, environment
+from benchmarks.evidence.structures import KeptAseDB, Splits, write
+from benchmarks.evidence.trained import Length, Model, Pretraining, Watch, averaged, quieten, start_of
 
-RESULTS = Path(__file__).parent / "results" / "properties.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "properties.jsonl"
 NOISY_NODES = {"noisy_nodes": {}}
 BACKBONES = {
     "painn": learning.SUITES["molecules"],
@@ -166,7 +166,7 @@ def error(trainer: Any, rows: Any, batch_size: int = 64) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.properties", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m benchmarks.evidence.properties", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
     add("--data", type=existing_folder, required=True, metavar="FOLDER", help="of molecules_train.db and _test.db")

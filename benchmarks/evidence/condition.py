@@ -5,9 +5,9 @@ plain denoising of the same number of steps beside them. Each run denoises struc
 held-out ones at some points of its training. Runs end with one line each in the results file; a run that is in there
 is not run again, and several processes may share the file:
 
-    python -m benchmarks.condition small --data FOLDER
-    python -m benchmarks.condition real --data FOLDER --seeds 0 1 2
-    python -m benchmarks.report
+    python -m benchmarks.evidence.condition small --data FOLDER
+    python -m benchmarks.evidence.condition real --data FOLDER --seeds 0 1 2
+    python -m benchmarks.evidence.report
 
 The noise error is the mean square of (ε̂ − ε) over σ², each structure counting once, as `ConditionJudge` of this package
 measures it. "None" is what the same model does
@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import forms, structures
 from benchmarks.common import existing_folder, use_threads
-from benchmarks.noise import shrinkage_errors, summary, told_differences
-from benchmarks.results import Results, environment
-from benchmarks.trained import JUDGED, Length, Model, denoiser, watch_denoising
+from benchmarks.evidence import forms, structures
+from benchmarks.evidence.noise import shrinkage_errors, summary, told_differences
+from benchmarks.evidence.results import Results, environment
+from benchmarks.evidence.trained import JUDGED, Length, Model, denoiser, watch_denoising
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ FORMS = {
 SHRINKAGE = "shrinkage"
 """Not a model: the best that can be said of the noise without a condition, on cells made here."""
 
-RESULTS = Path(__file__).parent / "results" / "condition.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "condition.jsonl"
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     summary, _, epilog = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.condition",
+        prog="python -m benchmarks.evidence.condition",
         description=summary,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -16,7 +16,7 @@ from ase.build import bulk
 from fairchem.core.common.registry import registry
 from fairchem.core.datasets.ase_datasets import AseDBDataset
 
-from benchmarks import databases
+from benchmarks.evidence import databases
 from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
 
 LABELLED = (*databases.FILES, "slabs")

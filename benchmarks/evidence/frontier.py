@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.condition_tables import but_form, ratio_of, with_error
-from benchmarks.tables import Record, table
+from benchmarks.evidence.condition_tables import but_form, ratio_of, with_error
+from benchmarks.evidence.tables import Record, table
 from fairchem_scd.commands import pictures as style
 from fairchem_scd.denoising.condition_report import Gain
 

@@ -16,10 +16,10 @@ import torch
 from ase import Atoms
 
 from benchmarks.common import DENOISING, PLAIN, hydra, make_trainer, training
-from benchmarks.neighbors import KeptNeighbors
-from benchmarks.noise import judge, told_differences
-from benchmarks.results import Results, key_of
-from benchmarks.structures import KeptAseDB, Splits, write
+from benchmarks.evidence.neighbors import KeptNeighbors
+from benchmarks.evidence.noise import judge, told_differences
+from benchmarks.evidence.results import Results, key_of
+from benchmarks.evidence.structures import KeptAseDB, Splits, write
 from fairchem_scd.denoising.quiet_heads import quieten as quieten_heads
 from fairchem_scd.fairchem1.backbones import adapter_for
 

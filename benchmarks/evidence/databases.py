@@ -18,7 +18,7 @@ FILES = {
 }
 """ASE databases by the name of the data: of training and of testing; None: a fifth of the first.
 
-Those of molecules are made by `python -m benchmarks.molecules FOLDER`.
+Those of molecules are made by `python -m benchmarks.evidence.molecules FOLDER`.
 """
 
 
