@@ -157,9 +157,10 @@ worse. Noise errors are the mean square error over σ² on held-out structures, 
 predicting zero has 1 − 1/N for N atoms. "None" is the same model without an embedding, which it is trained for on a
 fifth of the structures. Whether the condition is worth its second pass is to be read off the ratio to plain denoising
 of the same number of steps. "Dimensions" is the participation ratio of what structures are told. "Difference" is a form
-that is only in `benchmarks/evidence/noise.py`: each block is told by how much the mean of its l = 0 features differs between the
-clean structure and the noisy one. "Shrinkage" is no model but the best that can be said without a condition, where
-structures are lattices with normal displacements of standard deviation s: ε̂ = (x̃ − r) σ² / (σ² + s²) for sites r.
+that is only in `benchmarks/evidence/noise.py`: each block is told by how much the mean of its l = 0 features differs
+between the clean structure and the noisy one. "Shrinkage" is no model but the best that can be said without a
+condition, where structures are lattices with normal displacements of standard deviation s: ε̂ = (x̃ − r) σ² / (σ² + s²)
+for sites r.
 
 ![Noise errors told the right embedding, another's and none](figures/condition.png)
 """
@@ -202,8 +203,8 @@ over, 100 where the embedding is worth no more than the mean; energies are per a
 PROPERTIES = """\
 ## A scalar property: HOMO-LUMO gaps
 
-Frames of molecular dynamics of 88 molecules at 300 to 1000 K, with gaps by GFN2-xTB (`benchmarks/evidence/molecules.py`). The
-test frames are of the same molecules, later in their trajectories. Pre-training has all training frames but the
+Frames of molecular dynamics of 88 molecules at 300 to 1000 K, with gaps by GFN2-xTB. The test frames are of the same
+molecules, later in their trajectories. Pre-training has all training frames but the
 held-out ones, without labels; batches of 8 frames fine-tune, with noisy nodes beside the property and without.
 "Scratch" begins with random weights; "change" is against it, by seed. "Readout": of the atoms' contributions.
 """
