@@ -17,7 +17,7 @@ from fairchem_scd.commands import main
 from tests.support.command_line import fairchem, fairchem_scd
 
 ROOT = Path(__file__).parents[2]
-TEXTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "configs" / "README.md"]
+TEXTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "configs" / "README.md", ROOT / "benchmarks" / "README.md"]
 FAIRCHEM_2 = ("fairchem2", "fine-tuning-uma")  # tests/fairchem2/test_docs.py runs these
 PAGES = sorted(p for p in (ROOT / "docs").glob("*.md") if "```bash" in p.read_text() and p.stem not in FAIRCHEM_2)
 # The sample configs, smaller: what is tested is that the commands fit together.
