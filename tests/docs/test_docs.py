@@ -17,7 +17,8 @@ from fairchem_scd.commands import main
 from tests.support.command_line import fairchem, fairchem_scd
 
 ROOT = Path(__file__).parents[2]
-TEXTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "configs" / "README.md", ROOT / "benchmarks" / "README.md"]
+FOLDERS = [ROOT, ROOT / "docs", ROOT / "configs", ROOT / "benchmarks"]
+TEXTS = [text for folder in FOLDERS for text in folder.glob("*.md")]
 FAIRCHEM_2 = ("fairchem2", "fine-tuning-uma")  # tests/fairchem2/test_docs.py runs these
 PAGES = sorted(p for p in (ROOT / "docs").glob("*.md") if "```bash" in p.read_text() and p.stem not in FAIRCHEM_2)
 # The sample configs, smaller: what is tested is that the commands fit together.
