@@ -15,7 +15,7 @@ Suites, which --only, --arms, --labels and --seeds narrow down:
 - longer_molecules: molecules with more labels, in longer runs;
 - rates, molecule_rates, longer_molecule_rates: learning rate and length of these, to be chosen on held-out structures;
 - energies: as few, on oxides, whose structures are relaxed: energies alone;
-- compute: plain training from random weights for as long as pre-training and fine-tuning together;
+- compute, molecule_compute: plain training from random weights for as long as pre-training and fine-tuning together;
 - heads: as few, with energy heads that start as the host has them;
 - long: many passes over all labels, a task beside them;
 - tune: settings of the tasks beside labels, to be judged on held-out structures;
@@ -207,6 +207,7 @@ SUITES = {
     ),
     # A step of pre-training has twice as many structures; with SCD each passes twice.
     "compute": replace(_FEW, arms=(PLAIN,), lengths=(Length(2700, 4, 1e-3), Length(5100, 4, 1e-3))),
+    "molecule_compute": replace(_MOLECULES, budgets=((96,),), arms=(PLAIN,), lengths=(Length(9000, 8, 1e-3),)),
     "heads": replace(_FEW, budgets=((24,),), lengths=_FEW.lengths[:1], quiet_heads=False),
     "energies": replace(
         _FEW,

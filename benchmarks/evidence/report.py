@@ -53,7 +53,7 @@ def sections(
     before = pretrainings(learning)
     ladder, varied, levers = parted(condition)
     several = tuned(widest(few)) if budgets(widest(few)) > 1 else []
-    longer = trained(learning, "compute")
+    longer = trained(learning, "compute", "molecule_compute")
     shared = {(r["run"]["data"], r["run"]["labels"]) for r in longer}
     compute = longer + [r for r in widest(few) if (r["run"]["data"], r["run"]["labels"]) in shared]
     compute = compute if longer else []
