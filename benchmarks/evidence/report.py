@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.evidence.components import components_table, draw_components, groups
+from benchmarks.evidence.condition import suite
 from benchmarks.evidence.condition_tables import ladder_table, pretrained_table, pretrainings, probes_table
 from benchmarks.evidence.figures import draw_curves, draw_labels, draw_ladder, longest
 from benchmarks.evidence.frontier import draw_frontier, frontier_table
@@ -91,9 +92,17 @@ def few_labels(learning: list[Record]) -> list[Record]:
 
 
 def parted(condition: Sequence[Record]) -> tuple[list[Record], list[Record], list[Record]]:
-    """The ladder of data, the frontier and the levers, of the results of `benchmarks.evidence.condition`."""
-    frontier, levers = ([r for r in condition if r["suite"] == suite] for suite in ("frontier", "levers"))
-    return [r for r in condition if r["suite"] not in ("frontier", "levers")], frontier, levers
+    """The ladder of data, the frontier and the levers, of the results of `evidence.condition`.
+
+    The usual runs of the last two are the same, and may have been done for either.
+    """
+    seeds = sorted({record["run"]["seed"] for record in condition})
+    named = {name: [record for record in condition if record["suite"] == name] for name in ("frontier", "levers")}
+    ladder = [record for record in condition if record["suite"] not in named]
+    for name, records in named.items():
+        keys = {key_of(asdict(run)) for run in suite(name, seeds, None, None)} if records else set()
+        named[name] = [record for record in condition if key_of(record["run"]) in keys]
+    return ladder, named["frontier"], named["levers"]
 
 
 def compared(records: list[Record]) -> bool:

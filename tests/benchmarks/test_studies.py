@@ -389,19 +389,27 @@ def test_the_frontier_compares_equal_settings_and_names_the_one_that_was_changed
         scores = {"structures": told, "curve": [last]}
         return {"suite": "frontier", "run": asdict(run), "structures": run.count or 2000, "scores": scores}
 
-    runs = list(condition.suite("frontier", [0], ["molecules"], 8))
+    runs = list(condition.suite("frontier", [0], None, None))
     records = [line(run, 0.1 * run.model.channels) for run in runs]
     alone = line(replace(runs[0], form="embedding", std=9.0), 1.0)
     found = frontier.points([*records, alone])
     assert [(p.changed, p.values[p.changed or "channels"]) for p in found] == [
         (None, 64),
-        *(("training structures", count) for count in (100, 500)),
-        *(("σ, Å", std) for std in (0.01, 0.1, 0.2)),
-        *(("channels", channels) for channels in (16, 32, 128)),
-        *(("blocks", blocks) for blocks in (2, 5)),
+        *(("channels", channels) for channels in (16, 128)),
+        *(("σ, Å", std) for std in (0.01, 0.1)),
+        ("training structures", 100),
         ("batch size", 8),
+        ("blocks", 5),
+        ("training structures", 500),
+        ("channels", 32),
+        ("blocks", 2),
+        ("σ, Å", 0.2),
     ]
     assert {p.gain.value for p in found} == {0.5}
+    # The usual run has another suite's name where it was done for that.
+    shared = [{**line, "suite": "levers"} for line in records[:2]]
+    assert report.parted([*shared, *records[2:]]) == ([], [*shared, *records[2:]], shared)
+    assert report.parted(shared) == ([], [], shared)
     rows = frontier.frontier_table(records).splitlines()
     assert "| molecules | 0 | channels 16 | 3.2000 ± 0.0000 | 0.500 ± 0.000 | 3.0 | 2.0 |" in rows
 
