@@ -124,11 +124,11 @@ against plain training of the same seed. Molecules are frames of molecular dynam
 labelled by GFN2-xTB (`benchmarks/evidence/molecules.py`); the test frames are later ones of the same trajectories.
 """
 LABELS = """\
-![Test errors against the number of labels](figures/few_labels.png)
+### How many labels pre-training saves
 
-Each point has the length of training and the learning rate that were best on held-out structures, of those in the table
-above. Plain training needs so many times more labels for the same error (of forces; on oxides of energies), between the
-numbers of labels tried:
+Here and in the picture at the top of this page, each point has the length of training and the learning rate that were
+best on held-out structures, of those in the table above. The table says how many times more labels plain training needs
+for the same error (of forces; on oxides of energies), between the numbers of labels tried.
 """
 COMPUTE = """\
 ### At equal compute
@@ -200,7 +200,7 @@ The noise of N atoms has 3N − 3 components, beside its mean. To first order in
 is told of the clean structure take K of them away, if it can form the same invariants of the noisy structure: a share
 K / (3N − 3). "Components" is the explained share times 3N − 3. Structures of like size are taken together.
 
-![Explained share of the noise against the number of atoms](figures/components.png)
+The picture is at the top of this page.
 """
 PROBES = """\
 ## What frozen embeddings hold
