@@ -6,42 +6,54 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.evidence.condition import SHRINKAGE
-from benchmarks.evidence.tables import Record, by_seed, number_of_labels
+from benchmarks.evidence.tables import FIRST, Record, by_seed, number_of_labels
 from fairchem_scd.commands import pictures as style
 
 
 def draw_labels(records: list[Record], path: Path) -> None:
-    """Test errors against the number of labels, one panel for each data and error."""
-    datas = sorted({r["run"]["data"] for r in records})
+    """Test errors against the number of labels, one panel for each data and error.
+
+    Data and arms are drawn that were run with more than one number of labels.
+    """
     groups = by_seed(records, lambda r: (r["run"]["data"], r["run"]["arm"], number_of_labels(r)))
-    arms = list(dict.fromkeys(r["run"]["arm"] for r in records))
-    figure = style.new_figure(style.DOUBLE, 2.4 * len(datas))
+    counts: dict[tuple[str, str], list[int]] = {}
+    for data, arm, count in sorted(groups):
+        counts.setdefault((data, arm), []).append(count)
+    counts = {key: of for key, of in counts.items() if len(of) > 1}
+    datas, arms = (
+        sorted({data for data, _ in counts}),
+        sorted({arm for _, arm in counts}, key=lambda a: (a != FIRST, a)),
+    )
+    figure = style.new_figure(style.DOUBLE, 0.4 + 2.1 * len(datas))
     panels = figure.subplots(len(datas), 2, squeeze=False)
     units = (("force_mae", "force MAE, meV/Å"), ("energy_mae", "energy MAE, meV/atom"))
     for row, data in zip(panels, datas, strict=True):
         for axes, (name, label) in zip(row, units, strict=True):
             for i, arm in enumerate(arms):
-                counts = sorted(n for d, a, n in groups if d == data and a == arm)
-                tests = [[r["scores"]["test"] for r in groups[data, arm, n].values()] for n in counts]
-                values = [[1000 * test[name] for test in seeds if name in test] for seeds in tests]
-                if not all(values):
+                tests = [
+                    (count, [1000 * r["scores"]["test"][name] for r in groups[data, arm, count].values()])
+                    for count in counts.get((data, arm), [])
+                    if all(name in r["scores"]["test"] for r in groups[data, arm, count].values())
+                ]
+                if not tests:
                     continue
-                means = [statistics.mean(v) for v in values]
-                bars = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+                means = [statistics.mean(values) for _, values in tests]
+                bars = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in tests]
                 look = {"color": style.COLORS[i], "linestyle": style.LINES[i], "marker": style.MARKERS[i]}
-                axes.errorbar(counts, means, yerr=bars, capsize=2, label=arm, **look)
-            ticks = sorted({n for d, _, n in groups if d == data})
+                axes.errorbar([count for count, _ in tests], means, yerr=bars, capsize=2, label=arm, **look)
             if not axes.has_data():
                 axes.set_axis_off()
                 continue
             axes.set(xscale="log", yscale="log", xlabel="labels", ylabel=label, title=data)
+            ticks = sorted({count for (d, _), of in counts.items() if d == data for count in of})
             axes.set_xticks(ticks, [str(n) for n in ticks])
             axes.minorticks_off()
             plain_ticks(axes)
-    panels[0][0].legend()
+    known = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known))
     style.save(figure, path, force=True)
 
 
@@ -120,6 +132,6 @@ def _draw_told(axes: Any, record: Record, told: str, number: int) -> None:
 
 def plain_ticks(axes: Any) -> None:
     """Numbers such as 200 on a logarithmic axis, not powers of ten."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
