@@ -393,8 +393,6 @@ def main(arguments: list[str] | None = None) -> None:
     add("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines, one a finished run; appended to")
     options = parser.parse_args(arguments)
     options.data, options.results = options.data.resolve(), options.results.resolve()
-    torch.set_flush_denormal(True)
-    logging.disable(logging.INFO)
     results, here = Results(options.results), environment()
     for run in chosen(options):
         with results.claimed(asdict(run)) as mine, tempfile.TemporaryDirectory() as folder:
@@ -413,4 +411,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)  # radial bases make many numbers too small to count, and slow
+    logging.disable(logging.INFO)
     main()
