@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.evidence.condition_tables import but_form, pretraining_of, told_of
+from benchmarks.evidence.condition_tables import but_form, model_of, pretraining_of, told_of
 from benchmarks.evidence.figures import plain_ticks
 from benchmarks.evidence.tables import Record, spread, table
 from fairchem_scd.commands import pictures as style
@@ -30,6 +30,7 @@ class Group:
 
     Attributes:
         data: name of the data.
+        model: backbone and channels.
         told: form of the condition.
         seed: of both models.
         atoms: numbers of atoms [B].
@@ -38,6 +39,7 @@ class Group:
     """
 
     data: str
+    model: str
     told: str
     seed: int
     atoms: np.ndarray
@@ -82,7 +84,9 @@ def groups(ladder: Sequence[Record], before: Sequence[Record]) -> list[Group]:
         atoms, right = np.array(errors["atoms"]), np.array(errors["right"])
         without = np.array(beside["scores"]["structures"]["none"])
         data = record["run"]["data"]
-        found += [Group(data, told, seed, atoms[i], right[i], without[i]) for i in _of_like_size(atoms)]
+        found += [
+            Group(data, model_of(record), told, seed, atoms[i], right[i], without[i]) for i in _of_like_size(atoms)
+        ]
     return found
 
 
@@ -102,25 +106,25 @@ def _of_like_size(atoms: np.ndarray) -> list[np.ndarray]:
 def components_table(found: Sequence[Group]) -> str:
     """Shares of the noise that the condition explains, and how many components they make; means over seeds."""
     rows = []
-    keys = sorted({(g.told, g.freedom, g.data, g.sizes, len(g.atoms)) for g in found})
-    for told, freedom, data, sizes, count in keys:
-        same = [g for g in found if (g.told, g.data, g.sizes) == (told, data, sizes)]
+    keys = sorted({(g.told, g.model, g.freedom, g.data, g.sizes, len(g.atoms)) for g in found})
+    for told, model, freedom, data, sizes, count in keys:
+        same = [g for g in found if (g.told, g.model, g.data, g.sizes) == (told, model, data, sizes)]
         shares = [100 * g.share.value for g in same]
         components = [g.share.value * freedom for g in same]
-        rows.append([told, data, sizes, str(count), str(len(same)), spread(shares), spread(components)])
-    heads = ["told", "data", "atoms", "structures", "seeds", "explained, % of plain denoising's noise error"]
+        rows.append([told, model, data, sizes, str(count), str(len(same)), spread(shares), spread(components)])
+    heads = ["told", "model", "data", "atoms", "structures", "seeds", "explained, % of plain denoising's noise error"]
     return table([*heads, "components"], rows)
 
 
 def draw_components(found: Sequence[Group], path: Path) -> None:
     """Shares of the noise that the condition explains, against the number of atoms; mean over seeds."""
     forms = [form for form in ("embedding", "difference") if any(g.told == form for g in found)]
-    datas = sorted({g.data for g in found})
+    kinds = sorted({(g.data, g.model) for g in found})
     figure = style.new_figure(style.DOUBLE, 2.6)
     panels = figure.subplots(1, len(forms), sharey=True, squeeze=False)[0]
     for axes, form in zip(panels, forms, strict=True):
-        for i, data in enumerate(datas):
-            same = [g for g in found if (g.told, g.data) == (form, data)]
+        for i, (data, model) in enumerate(kinds):
+            same = [g for g in found if (g.told, g.data, g.model) == (form, data, model)]
             sizes = sorted({float(g.atoms.mean()) for g in same})
             shares = [[100 * g.share.value for g in same if g.atoms.mean() == size] for size in sizes]
             errors = [[100 * g.share.error for g in same if g.atoms.mean() == size] for size in sizes]
@@ -130,7 +134,7 @@ def draw_components(found: Sequence[Group], path: Path) -> None:
                 yerr=[np.mean(of) for of in errors],
                 capsize=2,
                 linestyle="none",
-                **{"color": style.COLORS[i], "marker": style.MARKERS[i], "label": data.replace("_", " ")},
+                **{"color": style.COLORS[i], "marker": style.MARKERS[i], "label": f"{data}, {model}".replace("_", " ")},
             )
         low, high = (of(float(g.atoms.mean()) for g in found) for of in (min, max))
         atoms = np.geomspace(low, high, 100)

@@ -42,12 +42,12 @@ def pretrained_table(records: list[Record]) -> str:
         beside = plain.get(pretraining_of(record))
         if told_of(record) == "plain" or beside is None:
             continue
-        data, channels_, steps, _, seed = pretraining_of(record)
+        data, model, steps, _, seed = pretraining_of(record)
         last, errors = record["scores"]["curve"][-1], record["scores"]["structures"]
         difference, its_error = last["other_minus_right"]
         rows.append(
             [
-                *(data, str(channels_), str(steps), str(seed), told_of(record)),
+                *(data, model, str(steps), str(seed), told_of(record)),
                 *(with_error(last[told]) for told in ("right", "other", "none")),
                 f"{difference / its_error:.1f}",
                 with_error(beside["scores"]["curve"][-1]["none"]),
@@ -57,7 +57,7 @@ def pretrained_table(records: list[Record]) -> str:
         )
     heads = [
         "data",
-        "channels",
+        "model",
         "steps",
         "seed",
         "told",
@@ -74,11 +74,16 @@ def pretrainings(records: Iterable[Record]) -> list[Record]:
     return [r for r in records if "arm" not in r["run"] and "structures" in r["scores"]]
 
 
-def pretraining_of(record: Record) -> tuple[str, int, int, float, int]:
-    """Data, channels, steps, σ in Å, and seed of a pre-training."""
+def pretraining_of(record: Record) -> tuple[str, str, int, float, int]:
+    """Data, model, steps, σ in Å, and seed of a pre-training."""
     run = record["run"]
     before = run["pretraining"]
-    return run["data"], channels(record), before["length"]["steps"], before["scd"]["std"], before["seed"]
+    return run["data"], model_of(record), before["length"]["steps"], before["scd"]["std"], before["seed"]
+
+
+def model_of(record: Record) -> str:
+    """Backbone and number of channels of a run."""
+    return f"{record['run']['model']['backbone']} {channels(record)}"
 
 
 def told_of(record: Record) -> str:

@@ -19,7 +19,7 @@ Suites, which --only, --arms, --labels and --seeds narrow down:
 - heads: as few, with energy heads that start as the host has them;
 - long: many passes over all labels, a task beside them;
 - tune: settings of the tasks beside labels, to be judged on held-out structures;
-- equiformer: few labels on EquiformerV2.
+- equiformer, equiformer_molecules: few labels on EquiformerV2.
 """
 
 from __future__ import annotations
@@ -216,6 +216,13 @@ SUITES = {
     ),
     "long": replace(_FEW, data=_METALS, budgets=((None,),), arms=_BESIDE, lengths=(Length(3000, 4, 1e-3),), points=12),
     "tune": Suite(("Mo",), ((96,),), (PLAIN, *TASKS), SMALL, (Length(600, 4, 2e-3),), _BEFORE),
+    "equiformer_molecules": replace(
+        _MOLECULES,
+        arms=(PLAIN, *PRETRAINED[:2]),
+        model=replace(EQUIFORMER, radius=4.5, neighbors=60),
+        lengths=(Length(1000, 8, 1e-3),),
+        before=Length(1500, 16, 1e-3, weight_decay=0.01, clip=1.0),
+    ),
     "equiformer": Suite(
         ("Mo",),
         ((24,),),

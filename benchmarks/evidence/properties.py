@@ -40,11 +40,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "properties.jsonl"
 NOISY_NODES = {"noisy_nodes": {}}
 BACKBONES = {
     "painn": learning.SUITES["molecules"],
-    "equiformer_v2": replace(
-        learning.SUITES["molecules"],
-        model=Model("equiformer_v2", layers=2, channels=32, radius=4.5, neighbors=60),
-        before=Length(1500, 16, 1e-3, weight_decay=0.01, clip=1.0),
-    ),
+    "equiformer_v2": learning.SUITES["equiformer_molecules"],
 }
 """Model and pre-training."""
 LENGTH = Length(1000, 8, 1e-3)
