@@ -142,7 +142,7 @@ def draw_components(found: Sequence[Group], path: Path) -> None:
             share = 100 * np.minimum(1, components / (3 * atoms - 3))
             label = f"{components} component" + ("s" if components > 1 else "")
             axes.plot(atoms, share, color=style.OTHER, linestyle=style.LINES[number], zorder=0, label=label)
-        axes.set(xscale="log", yscale="log", xlabel="atoms", title=form)
+        axes.set(xscale="log", yscale="log", ylim=(0.5, 130), xlabel="atoms", title=form)
         ticks = [n for n in (2, 4, 8, 16, 32, 64, 128) if low <= n <= high]
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.minorticks_off()
