@@ -12,7 +12,7 @@ Suites, which --only, --arms, --labels and --seeds narrow down:
 
 - few: few labels, from random weights and after pre-training on the structures of all training data;
 - molecules: the same on molecules, which have more structures and fewer atoms;
-- longer_molecules: molecules with more labels, in longer runs;
+- more_molecules, longer_molecules: molecules with more labels, at other learning rates and in longer runs;
 - rates, molecule_rates, longer_molecule_rates: learning rate and length of these, to be chosen on held-out structures;
 - energies: as few, on oxides, whose structures are relaxed: energies alone;
 - compute, molecule_compute: plain training from random weights for as long as pre-training and fine-tuning together;
@@ -186,6 +186,8 @@ _MOLECULES = replace(
 SUITES = {
     "few": _FEW,
     "molecules": _MOLECULES,
+    # The rates that were best on held-out structures with so many labels.
+    "more_molecules": replace(_MOLECULES, budgets=((384,),), lengths=(Length(1000, 8, 4e-3),), tuned={1000: 2e-3}),
     "longer_molecules": replace(_MOLECULES, budgets=((384,),), lengths=(Length(3000, 8, 2e-3),), tuned={3000: 1e-3}),
     "rates": replace(
         _FEW,

@@ -43,7 +43,7 @@ BACKBONES = {
     "equiformer_v2": learning.SUITES["equiformer_molecules"],
 }
 """Model and pre-training."""
-LENGTH = Length(1000, 8, 1e-3)
+LENGTH = Length(1000, 8, 2e-3)
 
 
 @dataclass(frozen=True)
