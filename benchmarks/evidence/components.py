@@ -6,22 +6,26 @@ independent invariants of the clean structure can subtract K of them: a share K 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks.evidence.condition_tables import but_form, model_of, pretraining_of, told_of
-from benchmarks.evidence.figures import plain_ticks
 from benchmarks.evidence.tables import Record, spread, table
 from fairchem_scd.commands import pictures as style
 from fairchem_scd.denoising.condition_report import Gain
 
+TITLES = {"embedding": "embedding (SCD as shipped)", "difference": "difference form"}
+
 _SMALLEST_GROUP = 12
-"""So many structures at least have their share of noise taken together."""
+"""So many structures at least have their share of noise taken together …"""
+
+_ALIKE = 1.5
+"""… and the largest has at most so many times the atoms of the smallest."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +95,19 @@ def groups(ladder: Sequence[Record], before: Sequence[Record]) -> list[Group]:
 
 
 def _of_like_size(atoms: np.ndarray) -> list[np.ndarray]:
-    """Row numbers of structures of like size, no group of which is smaller than `_SMALLEST_GROUP`."""
-    sizes, counts = np.unique(atoms, return_counts=True)
-    bounds, inside = [0], 0
-    for size, count in zip(sizes, counts, strict=True):
-        inside += count
+    """Row numbers of structures of like size. Groups that stay too small are left out."""
+    left, found = np.unique(atoms), []
+    while len(left):
+        inside = (atoms == left[0]).sum()
+        last = left[0]
+        for size in left[1:]:
+            if inside >= _SMALLEST_GROUP or size > _ALIKE * left[0]:
+                break
+            inside, last = inside + (atoms == size).sum(), size
         if inside >= _SMALLEST_GROUP:
-            bounds.append(int(size))
-            inside = 0
-    bounds[-1] = int(sizes[-1])
-    return [np.flatnonzero((atoms > low) & (atoms <= high)) for low, high in pairwise(bounds)]
+            found.append(np.flatnonzero((atoms >= left[0]) & (atoms <= last)))
+        left = left[left > last]
+    return found
 
 
 def components_table(found: Sequence[Group]) -> str:
@@ -109,11 +116,18 @@ def components_table(found: Sequence[Group]) -> str:
     keys = sorted({(g.told, g.model, g.freedom, g.data, g.sizes, len(g.atoms)) for g in found})
     for told, model, freedom, data, sizes, count in keys:
         same = [g for g in found if (g.told, g.model, g.data, g.sizes) == (told, model, data, sizes)]
-        shares = [100 * g.share.value for g in same]
-        components = [g.share.value * freedom for g in same]
-        rows.append([told, model, data, sizes, str(count), str(len(same)), spread(shares), spread(components)])
+        share = statistics.mean(g.share.value for g in same)
+        error = statistics.mean(g.share.error for g in same)
+        rows.append(
+            [
+                *(told, model, data, sizes, str(count), str(len(same))),
+                f"{100 * share:.1f} ± {100 * error:.1f}",
+                f"{share * freedom:.1f} ± {error * freedom:.1f}",
+                spread([g.share.value * freedom for g in same]),
+            ]
+        )
     heads = ["told", "model", "data", "atoms", "structures", "seeds", "explained, % of plain denoising's noise error"]
-    return table([*heads, "components"], rows)
+    return table([*heads, "components", "components by seed"], rows)
 
 
 def draw_components(found: Sequence[Group], path: Path) -> None:
@@ -142,12 +156,14 @@ def draw_components(found: Sequence[Group], path: Path) -> None:
             share = 100 * np.minimum(1, components / (3 * atoms - 3))
             label = f"{components} component" + ("s" if components > 1 else "")
             axes.plot(atoms, share, color=style.OTHER, linestyle=style.LINES[number], zorder=0, label=label)
-        axes.set(xscale="log", yscale="log", ylim=(0.5, 130), xlabel="atoms", title=form)
+        axes.axhline(0, color=style.OTHER, linewidth=0.8, zorder=0)
+        axes.set(xscale="log", ylim=(-2, 130), xlabel="atoms", title=TITLES[form])
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_yticks([0, 1, 2, 5, 10, 20, 50, 100], ["0", "1", "2", "5", "10", "20", "50", "100"])
         ticks = [n for n in (2, 4, 8, 16, 32, 64, 128) if low <= n <= high]
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.minorticks_off()
     panels[0].set_ylabel("noise explained, %")
-    plain_ticks(panels[0])
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
     style.save(figure, path, force=True)

@@ -9,6 +9,13 @@ import torch
 from benchmarks.evidence.tables import Record, by_seed, channels, spread, table
 from fairchem_scd.denoising.condition_report import Gain
 
+NAMES = {
+    "plain": "nothing: plain denoising",
+    "embedding": "embedding (SCD as shipped)",
+    "shrinkage": "nothing: the best by theory",
+}
+"""What runs are told, in the words of the tables."""
+
 
 def ladder_table(records: list[Record]) -> str:
     """Noise errors at the end of each run, and what the condition explains.
@@ -25,8 +32,35 @@ def ladder_table(records: list[Record]) -> str:
         if beside is not None and run["form"] != "plain":
             ratio = ratio_of(record["scores"]["structures"]["right"], beside["scores"]["structures"]["none"])
         head = [run["data"], str(run["model"]["channels"]), str(record["scores"]["steps"]), str(run["seed"])]
-        rows.append([*head, run["form"], *cells, ratio, f"{last['dimensions']:.1f}" if "dimensions" in last else ""])
+        rows.append(
+            [
+                *head,
+                NAMES.get(run["form"], run["form"]),
+                *cells,
+                ratio,
+                f"{last['dimensions']:.1f}" if "dimensions" in last else "",
+            ]
+        )
     heads = ["data", "channels", "steps", "seed", "told", "right", "another's", "none", "right / plain denoising"]
+    return table([*heads, "dimensions"], rows)
+
+
+def levers_table(records: Sequence[Record]) -> str:
+    """Noise errors of other forms of the condition, and their ratio to those of the package's form."""
+    usual = {r["run"]["seed"]: r for r in records if r["run"]["form"] == "embedding"}
+    rows = []
+    for record in records:
+        run, last = record["run"], record["scores"]["curve"][-1]
+        beside, told = usual.get(run["seed"]), "none" if run["form"] == "plain" else "right"
+        if beside is None:
+            continue
+        errors = (of["scores"]["structures"] for of in (record, beside))
+        ratio = ratio_of(*(of[name] for of, name in zip(errors, (told, "right"), strict=True)))
+        cells = [with_error(last.get(name)) for name in ("right", "other", "none")]
+        dimensions = f"{last['dimensions']:.1f}" if "dimensions" in last else ""
+        name = NAMES.get(run["form"], run["form"])
+        rows.append([run["data"], str(record["scores"]["steps"]), str(run["seed"]), name, *cells, ratio, dimensions])
+    heads = ["data", "steps", "seed", "told", "right", "another's", "none", "noise error / that of SCD as shipped"]
     return table([*heads, "dimensions"], rows)
 
 

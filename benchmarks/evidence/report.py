@@ -16,7 +16,13 @@ from pathlib import Path
 
 from benchmarks.evidence.components import components_table, draw_components, groups
 from benchmarks.evidence.condition import suite
-from benchmarks.evidence.condition_tables import ladder_table, pretrained_table, pretrainings, probes_table
+from benchmarks.evidence.condition_tables import (
+    ladder_table,
+    levers_table,
+    pretrained_table,
+    pretrainings,
+    probes_table,
+)
 from benchmarks.evidence.figures import draw_curves, draw_labels, draw_ladder, longest
 from benchmarks.evidence.frontier import draw_frontier, frontier_table
 from benchmarks.evidence.learning import SUITES
@@ -24,6 +30,7 @@ from benchmarks.evidence.results import Results, key_of
 from benchmarks.evidence.tables import (
     Record,
     arms_table,
+    best_rates,
     budgets,
     compute_table,
     fairchem2_table,
@@ -60,7 +67,7 @@ def sections(
     compute = longer + [r for r in widest(few) if (r["run"]["data"], r["run"]["labels"]) in shared]
     compute = compute if longer else []
     parts: dict[str, tuple[list[Record], str, Callable[[], str]]] = {
-        "few": (few, FEW, lambda: arms_table(few)),
+        "few": (few, FEW, lambda: arms_table(best_rates(few))),
         "labels": (several, LABELS, lambda: saved_table(several)),
         "compute": (compute, COMPUTE, lambda: compute_table(compute)),
         "heads": (trained(learning, "heads"), HEADS, lambda: arms_table(trained(learning, "heads"))),
@@ -69,7 +76,7 @@ def sections(
         "tune": (trained(learning, "tune"), TUNE, lambda: arms_table(trained(learning, "tune"), split="held_out")),
         "condition": (ladder, CONDITION, lambda: ladder_table(ladder)),
         "frontier": (varied, FRONTIER, lambda: frontier_table(varied)),
-        "levers": (levers, LEVERS, lambda: ladder_table(levers)),
+        "levers": (levers, LEVERS, lambda: levers_table(levers)),
         "pretraining": (before, PRETRAINING, lambda: pretrained_table(before)),
         "components": (before, COMPONENTS, lambda: components_table(groups(longest(ladder), before))),
         "probes": (list(probes), PROBES, lambda: probes_table(list(probes))),
@@ -118,14 +125,17 @@ FEW = """\
 
 Each seed pre-trains anew, on the structures of all training data but the held-out fifth, without labels. "Change" is
 against plain training of the same seed. Molecules are frames of molecular dynamics of 88 molecules at 300 to 1000 K,
-labelled by GFN2-xTB (`benchmarks/evidence/molecules.py`); the test frames are later ones of the same trajectories.
+labelled by GFN2-xTB (`benchmarks/evidence/molecules.py`); the test frames are later ones of the same trajectories, so
+no test is on a molecule that is not in the training data. Learning rates are those that were best on held-out
+structures among the ones tried. "Last fifth" is the change of the held-out force error in the last fifth of the
+training: below zero it was still falling, above zero the labels were overfitted. Of two seeds both numbers are given.
 """
 LABELS = """\
 ### How many labels pre-training saves
 
-Here and in the picture at the top of this page, each point has the length of training and the learning rate that were
-best on held-out structures, of those in the table above. The table says how many times more labels plain training needs
-for the same error (of forces; on oxides of energies), between the numbers of labels tried.
+Here and in the picture at the top of this page, all numbers of labels of a data set are trained for equally many steps
+(of the lengths that all have, the one that is best on held-out structures). The table says how many times more labels
+plain training needs for the same error (of forces; on oxides of energies), between the numbers of labels tried.
 """
 COMPUTE = """\
 ### At equal compute
@@ -161,10 +171,10 @@ CONDITION = """\
 The noisy pass is told a structure's embedding by the clean pass. If the embedding counts, another structure's must do
 worse. Noise errors are the mean square error over σ² on held-out structures, ± the standard error over structures;
 predicting zero has 1 − 1/N for N atoms. "None" is the same model without an embedding, which it is trained for on a
-fifth of the structures. Whether the condition is worth its second pass is to be read off the ratio to plain denoising
-of the same number of steps. "Dimensions" is the participation ratio of what structures are told. "Difference" is a form
+fifth of the structures. Compare "right" with plain denoising of the same number of steps: where the ratio is below 1,
+the second pass helped. "Dimensions" is the participation ratio of what structures are told. "Difference" is a form
 that is only in `benchmarks/evidence/noise.py`: each block is told by how much the mean of its l = 0 features differs
-between the clean structure and the noisy one. "Shrinkage" is no model but the best that can be said without a
+between the clean structure and the noisy one. "The best by theory" is no model but what can be said without a
 condition, where structures are lattices with normal displacements of standard deviation s: ε̂ = (x̃ − r) σ² / (σ² + s²)
 for sites r.
 
@@ -181,8 +191,12 @@ lowers the noise error of plain denoising; of 1, that the second pass buys nothi
 LEVERS = """\
 ### Other forms of the condition
 
-Each differs from the package's "embedding" in one thing. "Standardised": running mean and variance are taken out of c,
-in place of its LayerNorm. "Moments": half of the channels are pooled by their root mean square over the atoms.
+Each differs from SCD as shipped in one thing. "Standardised": running mean and variance are taken out of c, in place of
+its LayerNorm. "Moments": half of the channels are pooled by their root mean square over the atoms. The ratio compares
+the same structures and noise, so its error is small: below 1, the form explains more. Only the difference form gains
+more than about 1 %, so no default was changed. Not tried: several vectors in place of one, pooling by element or by
+attention, gates of the features that rotate, a contrastive term, σ that falls during training, another learning rate of
+the condition's weights.
 """
 PRETRAINING = """\
 ## What the condition carried in pre-training on real structures
@@ -195,9 +209,8 @@ COMPONENTS = """\
 
 The noise of N atoms has 3N − 3 components, beside its mean. To first order in σ, K independent invariants that a model
 is told of the clean structure take K of them away, if it can form the same invariants of the noisy structure: a share
-K / (3N − 3). "Components" is the explained share times 3N − 3. Structures of like size are taken together.
-
-The picture is at the top of this page.
+K / (3N − 3). "Components" is the explained share times 3N − 3. Structures of like size are taken together. ± is the
+standard error over structures. The picture is at the top of this page.
 """
 PROBES = """\
 ## What frozen embeddings hold
@@ -212,7 +225,8 @@ PROPERTIES = """\
 Frames of molecular dynamics of 88 molecules at 300 to 1000 K, with gaps by GFN2-xTB. The test frames are of the same
 molecules, later in their trajectories. Pre-training has all training frames but the
 held-out ones, without labels; batches of 8 frames fine-tune, with noisy nodes beside the property and without.
-"Scratch" begins with random weights; "change" is against it, by seed. "Readout": of the atoms' contributions.
+"Scratch" begins with random weights; "change" is against it, by seed. "Readout": how the
+atoms' values become one number.
 """
 FAIRCHEM2 = """\
 ## fairchem 2.x

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,21 +16,18 @@ Record = dict[str, Any]
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean ± standard deviation; the number alone where there is one, nothing where there is none."""
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    """Mean ± standard deviation of three and more; one number or two as they are; nothing where there is none."""
+    if len(values) < 3:
+        return ", ".join(f"{value:.{digits}f}" for value in values)
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def change(values: dict[int, float], plain: dict[int, float]) -> str:
-    """Change against the plain runs of the same seeds in percent, mean ± standard deviation over them."""
-    shared = sorted(values.keys() & plain.keys())
-    if not shared:
-        return ""
-    percents = [100 * (values[seed] / plain[seed] - 1) for seed in shared]
-    deviation = f" ± {statistics.stdev(percents):.0f}" if len(percents) > 1 else ""
-    return f"{statistics.mean(percents):+.0f}{deviation} %"
+    """Change against the plain runs of the same seeds in percent: mean ± standard deviation, or one or two numbers."""
+    percents = [100 * (values[seed] / plain[seed] - 1) for seed in sorted(values.keys() & plain.keys())]
+    if len(percents) < 3:
+        return ", ".join(f"{percent:+.0f}" for percent in percents) + (" %" if percents else "")
+    return f"{statistics.mean(percents):+.0f} ± {statistics.stdev(percents):.0f} %"
 
 
 def labels_for(error: float, curve: dict[int, float]) -> float | None:
@@ -74,8 +71,9 @@ def errors_table(
     errors: dict[str, Callable[[Record], float | None]],
     first: str = FIRST,
     digits: int = 1,
+    notes: Mapping[str, Callable[[list[Record]], str]] | None = None,
 ) -> str:
-    """Errors of each arm, and their change against the first arm by seed.
+    """Errors of each arm, and their change against the first arm by seed. What stands alone is left out.
 
     Args:
         records: of finished runs.
@@ -83,13 +81,15 @@ def errors_table(
         errors: the columns of errors; None: the run has no such error.
         first: the arm that others are compared with.
         digits: of the errors, after the point.
+        notes: further columns, of all runs of a row.
     """
     groups = by_seed(records, lambda record: (*(of(record) for of in head.values()), record["run"]["arm"]))
-    rows = []
-    for key in sorted(groups, key=lambda key: key[:-1]):
+    arms = Counter(key[:-1] for key in groups)
+    notes, rows = notes or {}, []
+    for key in sorted((key for key in groups if arms[key[:-1]] > 1), key=lambda key: key[:-1]):
         *said, arm = key
         seeds, plain = groups[key], groups.get((*said, first), {})
-        cells = []
+        cells = [note(list(seeds.values())) for note in notes.values()]
         for of in errors.values():
             values, base = (
                 {seed: value for seed, record in group.items() if (value := of(record)) is not None}
@@ -98,7 +98,7 @@ def errors_table(
             cells += [spread([*values.values()], digits), "" if arm == first else change(values, base)]
         rows.append([*map(str, said), arm, str(len(seeds)), *cells])
     columns = [heading for name in errors for heading in (name, "change")]
-    return table([*head, "training", "seeds", *columns], rows)
+    return table([*head, "training", "seeds", *notes, *columns], rows)
 
 
 def arms_table(records: list[Record], split: str = "test") -> str:
@@ -117,7 +117,25 @@ def arms_table(records: list[Record], split: str = "test") -> str:
             "steps": lambda r: r["run"]["length"]["steps"],
         },
         {"force MAE, meV/Å": error("force_mae"), "energy MAE, meV/atom": error("energy_mae")},
+        notes={"learning rate": _rates, "last fifth": _last_fifth},
     )
+
+
+def _rates(records: list[Record]) -> str:
+    return ", ".join(dict.fromkeys(f"{record['run']['length']['lr']:g}" for record in records))
+
+
+def _last_fifth(records: list[Record]) -> str:
+    """By how much the held-out error changed in the last fifth of the training, of forces if there are any."""
+    changes = []
+    for record in records:
+        curve = record["scores"].get("curve", [])
+        errors = [point.get("force_mae", point["energy_mae"]) for point in curve]
+        at = [point["step"] for point in curve]
+        before = [error for step, error in zip(at, errors, strict=True) if step <= 0.85 * at[-1]] if at else []
+        if before:
+            changes.append(100 * (errors[-1] / before[-1] - 1))
+    return f"{statistics.mean(changes):+.0f} %" if changes else ""
 
 
 def properties_table(records: list[Record]) -> str:
@@ -197,8 +215,9 @@ def saved_table(records: list[Record]) -> str:
     """How many times more labels plain training needs for an arm's error, of forces where there are any."""
     rows = []
     groups = by_seed(records, lambda r: (r["run"]["data"], r["run"]["arm"], number_of_labels(r)))
+    most = {d: max(n for data, arm, n in groups if (data, arm) == (d, FIRST)) for d, a, _ in groups if a == FIRST}
     for data, arm, labels in sorted(groups, key=lambda key: (key[0], key[2], key[1])):
-        if arm == FIRST or labels == ALL[data]:
+        if arm == FIRST or labels >= most.get(data, 0):
             continue
         factors, beyond = [], 0
         for seed, record in groups[data, arm, labels].items():
@@ -243,23 +262,52 @@ def widest(records: list[Record]) -> list[Record]:
     return [record for record in records if channels(record) == most]
 
 
-def tuned(records: Sequence[Record]) -> list[Record]:
-    """The runs of the length and learning rate that were best on held-out structures, for each data, arm and labels.
+def best_rates(records: Sequence[Record]) -> list[Record]:
+    """The runs of the learning rate that was best on held-out structures, for each data, model, arm, labels, steps."""
 
-    Among those that as many seeds were run with as with any other; by the mean error of forces, else of energies.
+    def cell(record: Record) -> tuple[Any, ...]:
+        model = record["run"]["model"]
+        steps = record["run"]["length"]["steps"]
+        what = (record["run"]["data"], record["run"]["arm"], number_of_labels(record), steps)
+        return (*what, model["backbone"], model["channels"])
+
+    return _best(records, cell, lambda record: record["run"]["length"]["lr"])
+
+
+def tuned(records: Sequence[Record]) -> list[Record]:
+    """The runs of the length that was best on held-out structures, for each data, arm and labels.
+
+    Of the lengths that all numbers of labels of the data were trained for without pre-training: a longer training with
+    more labels would count as an effect of the labels. Learning rates as in `best_rates`.
     """
+    records = best_rates(records)
+    lengths: dict[str, dict[int, set[int]]] = {}
+    for record in records:
+        if record["run"]["arm"] == FIRST:
+            of_data = lengths.setdefault(record["run"]["data"], {})
+            of_data.setdefault(number_of_labels(record), set()).add(record["run"]["length"]["steps"])
+    shared = {data: set.intersection(*of.values()) for data, of in lengths.items()}
+    kept = [r for r in records if r["run"]["length"]["steps"] in shared.get(r["run"]["data"], ())]
+    return _best(
+        kept,
+        lambda record: (record["run"]["data"], record["run"]["arm"], number_of_labels(record)),
+        lambda record: record["run"]["length"]["steps"],
+    )
+
+
+def _best(records: Sequence[Record], cell: Callable[[Record], Any], variant: Callable[[Record], Any]) -> list[Record]:
+    """In each cell the records of the variant with the lowest held-out error, of forces if there are any.
+
+    Only variants that were run with as many seeds as any other are looked at.
+    """
+    groups = by_seed(records, lambda record: (cell(record), variant(record)))
     chosen = []
-    groups = by_seed(records, lambda r: (r["run"]["data"], r["run"]["arm"], number_of_labels(r), _length(r)))
-    for cell in dict.fromkeys(key[:-1] for key in groups):
-        lengths = [list(seeds.values()) for key, seeds in groups.items() if key[:-1] == cell]
-        most = max(map(len, lengths))
-        whole = [runs for runs in lengths if len(runs) == most]
+    for one in dict.fromkeys(key for key, _ in groups):
+        variants = [list(seeds.values()) for (key, _), seeds in groups.items() if key == one]
+        most = max(map(len, variants))
+        whole = [runs for runs in variants if len(runs) == most]
         chosen += min(whole, key=lambda runs: statistics.mean(_error(run, "held_out") for run in runs))
     return chosen
-
-
-def _length(record: Record) -> tuple[int, float]:
-    return record["run"]["length"]["steps"], record["run"]["length"]["lr"]
 
 
 def number_of_labels(record: Record) -> int:

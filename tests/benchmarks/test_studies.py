@@ -20,6 +20,7 @@ from fairchem.core.models.base import HydraModel
 from fairchem.core.preprocessing import AtomsToGraphs
 
 from benchmarks.evidence import (
+    components,
     condition,
     condition_tables,
     databases,
@@ -338,7 +339,8 @@ def test_held_out_structures_are_judged_as_the_package_does_in_either_form(form:
 
 
 def test_changes_are_between_runs_of_the_same_seed() -> None:
-    assert tables.change({0: 50.0, 1: 220.0, 2: 7.0}, {0: 100.0, 1: 200.0}) == "-20 ± 42 %"
+    assert tables.change({0: 50.0, 1: 220.0, 2: 7.0}, {0: 100.0, 1: 200.0}) == "-50, +10 %"
+    assert tables.change({0: 50.0, 1: 220.0, 2: 7.0}, {0: 100.0, 1: 200.0, 2: 7.0}) == "-13 ± 32 %"
     assert tables.change({0: 50.0}, {1: 100.0}) == ""
 
 
@@ -363,18 +365,31 @@ def test_the_length_that_is_best_on_held_out_structures_is_taken_for_each_arm_an
     once = run("plain", 0, 3000, 0.1, 0.1)  # not for as many seeds
     other = [run("SCD", 0, 300, 0.1, 0.2), run("SCD", 0, 1000, 0.2, 0.1)]
     assert tables.tuned([*short, *long, once, *other]) == [*long, other[0]]
+    more = [record("plain", seed, 0.05, 24) for seed in (0, 1)]  # for 300 steps alone
+    assert tables.tuned([*short, *long, *more, *other]) == [*short, *more, other[0]]
+
+
+def test_the_rate_that_is_best_on_held_out_structures_is_shown() -> None:
+    runs = [record("plain", 0, error) for error in (0.3, 0.2)]
+    runs[0]["run"]["length"]["lr"] = 0.01
+    assert tables.best_rates(runs) == runs[1:]
 
 
 def test_arms_stand_beside_plain_training_of_the_same_labels() -> None:
     records = [record("plain", 0, 0.2), record("plain", 1, 0.1), record("plain", 0, 0.05, None)]
     records += [record("DeNS", 0, 0.1), record("DeNS", 1, 0.2)]
     lines = tables.arms_table(records).splitlines()[2:]
-    assert [line.split(" | ")[2:7] for line in lines] == [
-        ["8", "12", "300", "plain", "2"],
-        ["8", "12", "300", "DeNS", "2"],
-        ["8", "155", "300", "plain", "1"],
-    ]
-    assert "| 150.0 ± 70.7 | +25 ± 106 % |" in lines[1]
+    assert [line.split(" | ")[2:8] for line in lines] == [
+        ["8", "12", "300", "plain", "2", "0.001"],
+        ["8", "12", "300", "DeNS", "2", "0.001"],
+    ], "with all labels there is nothing to compare"
+    assert "| 100.0, 200.0 | -50, +100 % |" in lines[1]
+
+
+def test_the_last_fifth_of_a_curve_tells_whether_errors_still_fell() -> None:
+    line = record("plain", 0, 0.1)
+    line["scores"]["curve"] = [{"step": step, "energy_mae": error} for step, error in ((60, 3), (240, 2), (300, 1.5))]
+    assert tables._last_fifth([line]) == "-25 %"
 
 
 def test_a_ratio_of_paired_errors_has_no_error_where_they_are_proportional() -> None:
@@ -412,6 +427,32 @@ def test_the_frontier_compares_equal_settings_and_names_the_one_that_was_changed
     assert report.parted(shared) == ([], [], shared)
     rows = frontier.frontier_table(records).splitlines()
     assert "| molecules | 0 | channels 16 | 3.2000 ± 0.0000 | 0.500 ± 0.000 | 3.0 | 2.0 |" in rows
+
+
+def test_only_structures_of_like_size_are_taken_together_and_few_ones_not_at_all() -> None:
+    atoms = np.array([2] + [4] * 10 + [5] * 3 + [7] + [53] * 6 + [54] * 8)
+    rows = components._of_like_size(atoms)
+    assert [sorted(set(atoms[i].tolist())) for i in rows] == [[4, 5], [53, 54]]
+    assert [len(i) for i in rows] == [13, 14]
+
+
+def test_the_explained_share_is_counted_in_components_of_the_noise() -> None:
+    atoms = np.full(20, 5)
+    plain = np.linspace(0.5, 1.5, 20)
+    group = components.Group("molecules", "painn 64", "embedding", 0, atoms, 0.75 * plain, plain)
+    assert group.freedom == 12
+    assert "| 20 | 1 | 25.0 ± 0.0 | 3.0 ± 0.0 | 3.0 |" in components.components_table([group])
+
+
+def test_forms_are_compared_with_the_shipped_one_on_the_same_structures() -> None:
+    def line(form: str, told: str, errors: list[float]) -> dict[str, Any]:
+        run = {"data": "molecules", "form": form, "seed": 0}
+        scores = {"steps": 9, "structures": {told: errors}, "curve": [{told: [0.5, 0.1]}]}
+        return {"run": run, "scores": scores}
+
+    records = [line("plain", "none", [2.0, 4.0]), line("embedding", "right", [1.0, 2.0])]
+    rows = condition_tables.levers_table(records).splitlines()[2:]
+    assert [row.split(" | ")[-2] for row in rows] == ["2.000 ± 0.000", "1.000 ± 0.000"]
 
 
 def test_a_section_waits_for_both_sides_of_its_comparison() -> None:
@@ -459,7 +500,7 @@ def test_arms_of_other_studies_are_compared_with_their_first_arm_by_seed() -> No
 
     gaps = [gap("scratch", 0, 1.0), gap("scratch", 1, 2.0), gap("SCD", 0, 0.5), gap("SCD", 1, 1.0)]
     assert (
-        "| painn | 8 | 64 | 600 | 0.002 | sum | SCD | 2 | 0.75 ± 0.35 | -50 ± 0 % |"
+        "| painn | 8 | 64 | 600 | 0.002 | sum | SCD | 2 | 0.50, 1.00 | -50, -50 % |"
         in report.sections([], [], gaps)["properties"]
     )
 
