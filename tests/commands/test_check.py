@@ -108,7 +108,7 @@ def test_what_an_embedding_may_explain_follows_from_the_components_of_the_noise(
     # and the first has none. A lone atom has nothing to denoise.
     assert bool(said) == (share is not None)
     if said:
-        assert f"may explain {share} % of the noise" in said[0]
+        assert f"may explain {share} % of the noise at most" in said[0]
         assert "task.denoising.scd.condition: [] does without it" in said[1]
 
 

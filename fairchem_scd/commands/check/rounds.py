@@ -22,7 +22,7 @@ _FAR = 0.25
 
 
 _COMPONENTS = 1.4
-"""How many components of the noise SCD's embedding explained in small runs on molecules and tiny cells.
+"""How many components of the noise SCD's embedding explained in small runs on molecules and tiny cells, and no more.
 
 See docs/evidence.md, "Why it explains so little of larger structures".
 """
@@ -155,8 +155,8 @@ def say_condition(task: DenoisingTask, key: str, corruption: Corruption, report:
     share = float((_COMPONENTS / components(corruption)).clamp(max=1).mean())
     report.say(
         "",
-        f"its embedding may explain {100 * share:.2g} % of the noise, if as in our small runs it explains about "
-        f"{_COMPONENTS:g} of the 3N - 3 components",
+        f"its embedding may explain {100 * share:.2g} % of the noise at most: the noise of N atoms has 3N - 3 "
+        f"components, and in our small runs an embedding explained about {_COMPONENTS:g}, or less",
     )
     report.say("", f"{key}.condition: [] does without it, at half the cost: docs/pretraining.md")
 
