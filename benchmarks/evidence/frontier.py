@@ -125,7 +125,7 @@ def draw_frontier(records: Sequence[Record], path: Path) -> None:
         axes.set(xscale="log", xlabel=setting)
         axes.set_xticks([*ticks], [*ticks.values()])
         axes.minorticks_off()
-    panels[0].set_ylabel("noise error, right embedding\n/ plain denoising")
+    panels[0].set_ylabel("right embedding\n/ plain denoising")
     if len(groups) > 1:
         panels[0].legend()
     style.save(figure, path, force=True)
