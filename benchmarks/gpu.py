@@ -40,6 +40,7 @@ from fairchem.core.datasets import data_list_collater  # noqa: E402
 from fairchem.core.preprocessing import AtomsToGraphs  # noqa: E402
 
 from benchmarks import step_cost  # noqa: E402
+from benchmarks.command_line import parser_of  # noqa: E402
 from benchmarks.common import DENOISING, PLAIN, make_trainer, training  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -239,13 +240,7 @@ def _where(device: str) -> str:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    summary, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=summary,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.gpu", __doc__)
     parser.add_argument("--minutes", type=float, default=7.0, help="begin no group after this many (default: 7)")
     parser.add_argument("--rounds", type=int, default=10, help="measured rounds (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="file to write the table to")

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from fairchem.core.common.utils import setup_imports
 
+from benchmarks.command_line import parser_of
 from benchmarks.common import BACKBONES, PLAIN, hydra, make_trainer, training, use_threads
 from benchmarks.step_cost import Variant, measure, median_interval
 
@@ -200,13 +201,7 @@ def _row(backbone: str, folder: str, both: dict[str, dict[str, Any]], options: a
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    summary, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.stand_ins",
-        description=summary,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.stand_ins", __doc__)
     add = parser.add_argument
     add(
         "--real",

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command_line import parser_of
 from benchmarks.common import BACKBONES, DENOISING, PLAIN, SCALAR_BACKBONES, hydra, make_trainer, training, use_threads
 from benchmarks.intervals import median_interval
 
@@ -363,13 +364,7 @@ def _where(options: argparse.Namespace) -> str:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    summary, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step_cost",
-        description=summary,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.step_cost", __doc__)
     add = parser.add_argument
     add("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES[:2]), help="default: the first two")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS[:2]), help="default: the first two")

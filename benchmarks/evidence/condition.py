@@ -18,7 +18,6 @@ off the plain runs.
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -27,10 +26,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import existing_folder, use_threads
+from benchmarks.command_line import parser_of
+from benchmarks.common import existing_folder
 from benchmarks.evidence import forms, structures
 from benchmarks.evidence.noise import shrinkage_errors, summary, told_differences
 from benchmarks.evidence.results import Results, environment
+from benchmarks.evidence.study import add_options, begin
 from benchmarks.evidence.trained import JUDGED, Length, Model, denoiser, watch_denoising
 
 
@@ -194,9 +195,7 @@ def train(run: Run, folder: Path | None) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
-    use_threads(options.threads)
-    torch.set_flush_denormal(True)  # radial bases make many numbers too small to count, and slow
-    logging.getLogger().setLevel(logging.ERROR)
+    begin(options)
     results, here = Results(options.results), environment()
     for run in suite(options.suite, options.seeds, options.only, options.steps, options.forms):
         with results.claimed(asdict(run)) as mine:
@@ -211,13 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    summary, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.evidence.condition",
-        description=summary,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.evidence.condition", __doc__)
     add = parser.add_argument
     add(
         "suite",
@@ -227,10 +220,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--data", type=existing_folder, metavar="FOLDER", help="folder of the ASE databases")
     add("--only", nargs="+", metavar="DATA", help="these data alone")
     add("--forms", nargs="+", choices=(*FORMS, SHRINKAGE), metavar="FORM", help="these forms of the condition alone")
-    add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
     add("--steps", type=int, metavar="N", help="instead of the suite's own number")
-    add("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines, one a finished run; appended to")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: OMP_NUM_THREADS, else all cores)")
+    add_options(parser, seeds=(0,), results=RESULTS)
     return parser.parse_args(arguments)
 
 

@@ -25,18 +25,17 @@ Suites, which --only, --arms, --labels and --seeds narrow down:
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.common import existing_folder, use_threads
+from benchmarks.command_line import parser_of
+from benchmarks.common import existing_folder
 from benchmarks.evidence import structures
 from benchmarks.evidence.results import Results, environment
+from benchmarks.evidence.study import add_options, begin
 from benchmarks.evidence.trained import Length, Model, Pretraining, start_of, train_labels
 
 RESULTS = Path(__file__).parents[1] / "results" / "learning.jsonl"
@@ -238,9 +237,7 @@ SUITES = {
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
-    use_threads(options.threads)
-    torch.set_flush_denormal(True)  # radial bases make many numbers too small to count, and slow
-    logging.getLogger().setLevel(logging.ERROR)
+    begin(options)
     results, here = Results(options.results), environment()
     for run in chosen(options):
         with results.claimed(asdict(run)) as mine:
@@ -274,22 +271,14 @@ def chosen(options: argparse.Namespace) -> Iterator[Run]:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    summary, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.evidence.learning",
-        description=summary,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.evidence.learning", __doc__)
     add = parser.add_argument
     add("suite", choices=SUITES, help="which runs")
     add("--data", type=existing_folder, metavar="FOLDER", help="folder of the ASE databases")
     add("--only", nargs="+", choices=structures.LABELLED, metavar="DATA", help="these data alone")
     add("--arms", nargs="+", choices=ARMS, metavar="ARM", help="these arms alone, by their names")
     add("--labels", nargs="+", metavar="N", help="these numbers of labels alone; all: every one")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    add("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines, one a finished run; appended to")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: OMP_NUM_THREADS, else all cores)")
+    add_options(parser, seeds=(0, 1, 2), results=RESULTS)
     return parser.parse_args(arguments)
 
 

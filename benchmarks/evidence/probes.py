@@ -13,7 +13,6 @@ file:
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,13 +22,14 @@ from typing import Any
 
 import ase.db
 import numpy as np
-import torch
 from ase import Atoms
 
-from benchmarks.common import existing_folder, use_threads
+from benchmarks.command_line import parser_of
+from benchmarks.common import existing_folder
 from benchmarks.evidence import databases, learning, structures
 from benchmarks.evidence.results import Results, environment, key_of
 from benchmarks.evidence.structures import KeptAseDB, Splits
+from benchmarks.evidence.study import add_options, begin
 from benchmarks.evidence.trained import Length, Model, Pretraining, denoiser, train_labels
 from fairchem_scd.commands.embed.embeddings import embed
 
@@ -193,9 +193,7 @@ def train(run: Run, learned: Results, folder: Path) -> dict[str, Any] | None:
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
-    use_threads(options.threads)
-    torch.set_flush_denormal(True)
-    logging.getLogger().setLevel(logging.ERROR)
+    begin(options)
     results, learned, here = Results(options.results), Results(options.learning), environment()
     for run in runs(options.only, options.seeds):
         with results.claimed(asdict(run)) as mine:
@@ -207,20 +205,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    summary, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.evidence.probes",
-        description=summary,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.evidence.probes", __doc__)
     add = parser.add_argument
     add("--data", type=existing_folder, required=True, metavar="FOLDER", help="folder of the ASE databases")
     add("--only", nargs="+", choices=SUITES, default=["Mo", "molecules"], metavar="DATA", help="these data alone")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     add("--learning", type=Path, default=learning.RESULTS, metavar="FILE", help="results with checkpoints beside them")
-    add("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines, one a finished run; appended to")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: OMP_NUM_THREADS, else all cores)")
+    add_options(parser, seeds=(0, 1, 2), results=RESULTS)
     return parser.parse_args(arguments)
 
 

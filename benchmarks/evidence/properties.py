@@ -13,7 +13,6 @@ Runs end with one line each in the results file; a run that is in there is not r
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,11 +28,12 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from torch import Tensor
 
-from benchmarks.common import DENOISING, PLAIN, existing_folder, make_trainer, use_threads
+from benchmarks.common import DENOISING, PLAIN, existing_folder, make_trainer
 from benchmarks.evidence import databases, learning, structures
 from benchmarks.evidence.neighbors import KeptNeighbors
 from benchmarks.evidence.results import Results, environment
 from benchmarks.evidence.structures import KeptAseDB, Splits, write
+from benchmarks.evidence.study import add_options, begin
 from benchmarks.evidence.trained import Length, Model, Pretraining, Watch, averaged, quieten, start_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "properties.jsonl"
@@ -168,16 +168,12 @@ def main(arguments: list[str] | None = None) -> None:
     add("--data", type=existing_folder, required=True, metavar="FOLDER", help="of molecules_train.db and _test.db")
     add("--backbone", choices=BACKBONES, default="painn", help="default: painn")
     add("--labels", nargs="+", type=int, default=[64, 256], metavar="N", help="default: 64 256")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     add("--lr", nargs="+", type=float, default=[LENGTH.lr], metavar="RATE", help="learning rates")
     add("--arms", nargs="+", metavar="ARM", help="these arms alone, by their names")
     add("--learning", type=Path, default=learning.RESULTS, metavar="FILE", help="results with checkpoints beside them")
-    add("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines, one a finished run; appended to")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: OMP_NUM_THREADS, else all cores)")
+    add_options(parser, seeds=(0, 1, 2), results=RESULTS)
     options = parser.parse_args(arguments)
-    use_threads(options.threads)
-    torch.set_flush_denormal(True)  # radial bases make many numbers too small to count, and slow
-    logging.getLogger().setLevel(logging.ERROR)
+    begin(options)
     results, learned, here = Results(options.results), Results(options.learning), environment()
     splits = load(options.data)
     for run in runs(options.backbone, options.labels, options.seeds, options.lr):

@@ -31,6 +31,7 @@ from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_ba
 from fairchem.core.units.mlip_unit.mlip_unit import MLIPTrainEvalUnit
 from torchtnt.framework.state import EntryPoint, PhaseState, State
 
+from benchmarks.command_line import parser_of
 from benchmarks.fairchem2.units import unit_of
 from benchmarks.intervals import median_interval
 from fairchem_scd.sample_data import emt_slabs
@@ -193,13 +194,7 @@ def _where(options: argparse.Namespace) -> str:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    summary, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fairchem2.step_cost",
-        description=summary,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.fairchem2.step_cost", __doc__)
     add: Callable[..., Any] = parser.add_argument
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of forces (default: both)")
     add("--experts", nargs="+", type=int, default=[0, 8], metavar="N", help="0: a dense model (default: 0 8)")
