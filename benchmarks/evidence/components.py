@@ -14,12 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.evidence.condition_tables import but_form, model_of, pretraining_of, told_of
+from benchmarks.evidence.condition_tables import NAMES, but_form, model_of, pretraining_of, told_of
 from benchmarks.evidence.tables import Record, spread, table
 from fairchem_scd.commands import pictures as style
 from fairchem_scd.denoising.condition_report import Gain
-
-TITLES = {"embedding": "embedding (SCD as shipped)", "difference": "difference form"}
 
 _SMALLEST_GROUP = 12
 """So many structures at least have their share of noise taken together …"""
@@ -157,7 +155,7 @@ def draw_components(found: Sequence[Group], path: Path) -> None:
             label = f"{components} component" + ("s" if components > 1 else "")
             axes.plot(atoms, share, color=style.OTHER, linestyle=style.LINES[number], zorder=0, label=label)
         axes.axhline(0, color=style.OTHER, linewidth=0.8, zorder=0)
-        axes.set(xscale="log", ylim=(-0.4, 130), xlabel="atoms", title=TITLES[form])
+        axes.set(xscale="log", ylim=(-0.4, 130), xlabel="atoms", title=NAMES.get(form, f"{form} form"))
         axes.set_yscale("symlog", linthresh=1)
         axes.set_yticks([0, 1, 2, 5, 10, 20, 50, 100], ["0", "1", "2", "5", "10", "20", "50", "100"])
         ticks = [n for n in (2, 4, 8, 16, 32, 64, 128) if low <= n <= high]

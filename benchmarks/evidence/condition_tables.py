@@ -18,10 +18,7 @@ NAMES = {
 
 
 def ladder_table(records: list[Record]) -> str:
-    """Noise errors at the end of each run, and what the condition explains.
-
-    The first row of a data set is the best that can be said without a condition, where it is known.
-    """
+    """Noise errors at the end of each run, and what the condition explains."""
     plain = {but_form(r): r for r in records if r["run"]["form"] == "plain"}
     rows = []
     for record in sorted(records, key=lambda r: (r["run"]["data"], r["run"]["model"]["channels"], r["run"]["seed"])):

@@ -21,6 +21,9 @@ FILES = {
 Those of molecules are made by `python -m benchmarks.evidence.molecules FOLDER`.
 """
 
+ENERGIES_ALONE = ("oxides",)
+"""Data whose structures are relaxed, so that their forces are nearly zero: energies alone are trained."""
+
 
 def read(name: str, folder: Path) -> tuple[list[Atoms], list[Atoms]]:
     """The structures for training and for the last look.

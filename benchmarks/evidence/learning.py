@@ -33,7 +33,7 @@ from typing import Any
 
 from benchmarks.command_line import parser_of
 from benchmarks.common import existing_folder
-from benchmarks.evidence import structures
+from benchmarks.evidence import databases, structures
 from benchmarks.evidence.results import Results, environment
 from benchmarks.evidence.study import add_options, begin
 from benchmarks.evidence.trained import Length, Model, Pretraining, start_of, train_labels
@@ -113,9 +113,7 @@ PRETRAINED = tuple(f"{start}, then {PLAIN}" for start in STARTS)
 ARMS = (PLAIN, *TASKS, *PRETRAINED, "SCD, then DeNS, coefficient 100")
 
 
-# The oxides' structures are relaxed, their forces nearly zero: they have energies alone.
 _CUTOFF = {"oxides": {"radius": 3.5, "neighbors": 60}}
-_ENERGIES_ALONE = ("oxides",)
 
 
 @dataclass(frozen=True)
@@ -253,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
                 denoising=run.denoising,
                 start=start_of(run, splits, results, here, suite=options.suite),
                 quiet_heads=run.quiet_heads,
-                forces=run.data not in _ENERGIES_ALONE,
+                forces=run.data not in databases.ENERGIES_ALONE,
                 points=SUITES[options.suite].points,
             )
             results.append({"suite": options.suite, "run": asdict(run), "scores": scores, **here})

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from fairchem_scd.denoising import passes
 from fairchem_scd.denoising.condition_judge import ConditionJudge, structure_errors
 from fairchem_scd.denoising.conditions import SelfCondition
+from fairchem_scd.denoising.corruption import Corruption
 from fairchem_scd.denoising.plan import NOISE, VALIDATION, Plan
+from fairchem_scd.denoising.structures import Structures
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
 
 _AT_ONCE = 16
@@ -29,9 +31,7 @@ def noise_errors(trainer: Any) -> Tensor:
         [B] mean square of the noise's error over σ², of each structure. Predicting zero has about 1 − 1/N for N atoms.
     """
     model, task, errors = trainer._unwrapped_model, trainer.tasks["scd"], []
-    for batch in _batches(trainer):
-        structures = model.structures_of(batch)
-        corruption = task.corrupt(structures, seed=0, step=VALIDATION)
+    for batch, structures, corruption in _corrupted(trainer):
         planned = task.passes(structures, corruption, seed=0, step=VALIDATION)
         noise = model(batch, plan=Plan(task.name, planned))[NOISE]
         errors.append(structure_errors(noise, corruption, task.settings.std).mse)
@@ -53,12 +53,10 @@ def shrinkage_errors(trainer: Any, displacements: Sequence[Tensor], size: float)
     Returns:
         [B] as `noise_errors`.
     """
-    model, task, errors = trainer._unwrapped_model, trainer.tasks["scd"], []
-    std, left = task.settings.std, list(displacements)
-    for batch in _batches(trainer):
-        count = len(batch.natoms)
+    std, errors, left = trainer.tasks["scd"].settings.std, [], list(displacements)
+    for _, structures, corruption in _corrupted(trainer):
+        count = len(structures.natoms)
         known, left = torch.cat(left[:count]), left[count:]
-        corruption = task.corrupt(model.structures_of(batch), seed=0, step=VALIDATION)
         noise = (known + corruption.noise) * std**2 / (std**2 + size**2)
         errors.append(structure_errors(noise / std, corruption, std).mse)
     return torch.cat(errors)
@@ -116,6 +114,13 @@ def of_structures(found: ConditionJudge, told: str) -> torch.Tensor:
 def _mean(values: Any) -> list[float]:
     """Mean, and its standard error."""
     return [round(values.mean().item(), 6), round(values.std().item() / len(values) ** 0.5, 6)]
+
+
+def _corrupted(trainer: Any) -> Iterator[tuple[Any, Structures, Corruption]]:
+    """Batches of the held-out structures, as tasks see them, and with the noise of validation."""
+    for batch in _batches(trainer):
+        structures = trainer._unwrapped_model.structures_of(batch)
+        yield batch, structures, trainer.tasks["scd"].corrupt(structures, seed=0, step=VALIDATION)
 
 
 def _batches(trainer: Any) -> Iterator[Any]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from benchmarks.evidence.components import components_table, draw_components, groups
 from benchmarks.evidence.condition import suite
@@ -60,7 +61,7 @@ def sections(
     few, long = few_labels(learning), trained(learning, "long")
     before = pretrainings(learning)
     ladder, varied, levers = parted(condition)
-    several = tuned(widest(few)) if budgets(widest(few)) > 1 else []
+    several, explained = of_several_budgets(learning), groups(longest(ladder), before)
     equiformer = trained(learning, "equiformer", "equiformer_molecules")
     longer = trained(learning, "compute", "molecule_compute")
     shared = {(r["run"]["data"], r["run"]["labels"]) for r in longer}
@@ -78,7 +79,7 @@ def sections(
         "frontier": (varied, FRONTIER, lambda: frontier_table(varied)),
         "levers": (levers, LEVERS, lambda: levers_table(levers)),
         "pretraining": (before, PRETRAINING, lambda: pretrained_table(before)),
-        "components": (before, COMPONENTS, lambda: components_table(groups(longest(ladder), before))),
+        "components": (before, COMPONENTS, lambda: components_table(explained)),
         "probes": (list(probes), PROBES, lambda: probes_table(list(probes))),
         "properties": (gaps, PROPERTIES, lambda: properties_table(gaps)),
         "fairchem2": (second, FAIRCHEM2, lambda: fairchem2_table(second)),
@@ -88,11 +89,16 @@ def sections(
 
 def few_labels(learning: list[Record]) -> list[Record]:
     """Runs of few labels. Some of them are runs of a suite of rates too, and may have been done there."""
-    wanted = {run["seed"] for run in (record["run"] for record in learning) if "arm" in run}
-    suites = (SUITES[name] for name in FEW_LABELS)
-    keys = {key_of(asdict(run)) for suite in suites for run in suite.runs(sorted(wanted))}
-    runs = (record for record in learning if "arm" in record["run"])
-    return [r for r in runs if r["suite"] in FEW_LABELS or key_of(r["run"]) in keys]
+    records = [record for record in learning if "arm" in record["run"]]
+    seeds = sorted({record["run"]["seed"] for record in records})
+    wanted = keys_of(run for name in FEW_LABELS for run in SUITES[name].runs(seeds))
+    return [record for record in records if record["suite"] in FEW_LABELS or key_of(record["run"]) in wanted]
+
+
+def of_several_budgets(learning: list[Record]) -> list[Record]:
+    """Runs that tell how errors fall with the number of labels; none where there is one number alone."""
+    few = widest(few_labels(learning))
+    return tuned(few) if budgets(few) > 1 else []
 
 
 def parted(condition: Sequence[Record]) -> tuple[list[Record], list[Record], list[Record]]:
@@ -101,12 +107,17 @@ def parted(condition: Sequence[Record]) -> tuple[list[Record], list[Record], lis
     The usual runs of the last two are the same, and may have been done for either.
     """
     seeds = sorted({record["run"]["seed"] for record in condition})
-    named = {name: [record for record in condition if record["suite"] == name] for name in ("frontier", "levers")}
+    named: dict[str, list[Record]] = {"frontier": [], "levers": []}
     ladder = [record for record in condition if record["suite"] not in named]
-    for name, records in named.items():
-        keys = {key_of(asdict(run)) for run in suite(name, seeds, None, None)} if records else set()
-        named[name] = [record for record in condition if key_of(record["run"]) in keys]
+    for name in {record["suite"] for record in condition} & named.keys():
+        wanted = keys_of(suite(name, seeds, None, None))
+        named[name] = [record for record in condition if key_of(record["run"]) in wanted]
     return ladder, named["frontier"], named["levers"]
+
+
+def keys_of(runs: Iterable[Any]) -> set[str]:
+    """The names of runs by their settings."""
+    return {key_of(asdict(run)) for run in runs}
 
 
 def compared(records: list[Record]) -> bool:
@@ -272,12 +283,12 @@ def main(arguments: list[str] | None = None) -> None:
             figures.mkdir(exist_ok=True)
             draw_components(found, figures / "components.png")
         for draw, records, name in (
-            (draw_labels, tuned(widest(few_labels(learning))), "few_labels"),
+            (draw_labels, of_several_budgets(learning), "few_labels"),
             (draw_curves, trained(learning, "long"), "beside_labels"),
             (draw_ladder, ladder, "condition"),
             (draw_frontier, varied, "frontier"),
         ):
-            if compared(records) and (draw is not draw_labels or budgets(records) > 1):
+            if compared(records):
                 figures.mkdir(exist_ok=True)
                 draw(records, figures / f"{name}.png")
 

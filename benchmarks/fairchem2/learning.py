@@ -41,7 +41,6 @@ RESULTS = Path(__file__).parents[1] / "results" / "fairchem2.jsonl"
 DATA = ("Mo", "Li", "oxides")
 FORCES = ("direct", "conservative")
 NO_FORCES = "none"
-_ENERGIES_ALONE = ("oxides",)
 _UNIT = "fairchem.core.units.mlip_unit.mlip_unit"
 _UMA = "fairchem.core.models.uma"
 _OURS = "fairchem_scd.DenoisingTrainEvalUnit"
@@ -372,7 +371,7 @@ def _write(path: Path, structures: Sequence[Atoms]) -> None:
 def chosen(options: argparse.Namespace) -> Iterator[Run]:
     """The runs that the options ask for, in an order that gives whole comparisons early."""
     for data, kind, seed in product(options.only, options.forces, options.seeds):
-        forces = NO_FORCES if data in _ENERGIES_ALONE else kind
+        forces = NO_FORCES if data in databases.ENERGIES_ALONE else kind
         if forces == NO_FORCES and kind != options.forces[0]:
             continue
         for arm in options.arms:
