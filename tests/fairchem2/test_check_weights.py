@@ -12,6 +12,7 @@ from fairchem.core.datasets.atomic_data import atomicdata_list_to_batch
 from fairchem_scd.commands.check.report import Report
 from fairchem_scd.commands.fairchem2.check_weights import describe_weights, forces_of_zero, noise_of_zero
 from fairchem_scd.fairchem2.batch import structures_of
+from fairchem_scd.fairchem2.rows import Guarded, row_check
 from tests.fairchem2.support import batch_of, crystals, mixture, row, task, unit_of
 
 RMSD = 0.729  # of the forces' normaliser in `task`, eV/Å
@@ -143,7 +144,12 @@ def test_rows_that_cannot_be_trained_on_are_left_out():
     rows = [row(atoms) for atoms in crystals(3)]
     bad = row(crystals(1, 50)[0])
     bad.forces *= np.nan
-    assert said_of(HIDDEN, [rows[0], bad, *rows[1:]]) == said_of(HIDDEN, rows)
+    expected = said_of(HIDDEN, rows)
+    assert said_of(HIDDEN, [rows[0], bad, *rows[1:]]) == expected
+    unit = unit_of(HIDDEN, tasks=tasks_with())
+    guarded = Guarded([rows[0], bad, *rows[1:]], "mo.train", row_check(unit.tasks, unit.model.module.adapter))
+    assert guarded[1].bad_data, "a guard puts the next row in its place"
+    assert said_of(HIDDEN, guarded) == expected
 
 
 def test_nothing_is_said_where_no_forces_train_or_their_loss_is_a_sum():

@@ -1,4 +1,4 @@
-"""What `check` does alike on both hosts: the parts of a model, rounds of steps, and how far a task moves atoms."""
+"""What `check` does alike on both hosts: a model's parts, rounds of steps, and what a task does to the data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from fairchem_scd.denoising.tasks import DenoisingTask
 
 _FAR = 0.25
 """Share of the nearest-neighbour distance. Noise that moves atoms further is reported: they begin to change places."""
-
 
 _COMPONENTS = 1.4
 """How many components of the noise SCD's embedding explained in small runs on molecules and tiny cells, and no more.
@@ -152,7 +151,7 @@ def say_condition(task: DenoisingTask, key: str, corruption: Corruption, report:
     """
     if "self" not in getattr(task.settings, "condition", ()):
         return
-    share = float((_COMPONENTS / components(corruption)).clamp(max=1).mean())
+    share = float((_COMPONENTS / _components(corruption)).clamp(max=1).mean())
     report.say(
         "",
         f"its embedding may explain {100 * share:.2g} % of the noise at most: the noise of N atoms has 3N - 3 "
@@ -161,10 +160,12 @@ def say_condition(task: DenoisingTask, key: str, corruption: Corruption, report:
     report.say("", f"{key}.condition: [] does without it, at half the cost: docs/pretraining.md")
 
 
-def components(corruption: Corruption) -> Tensor:
-    """Numbers of components of the noise, of the structures that have any: 3N − 3 where all N atoms moved, else 3N."""
+def _components(corruption: Corruption) -> Tensor:
+    """Numbers of components of the noise, of the structures that have any: three an atom that moved, 3 less if all did.
+
+    Where all atoms moved, the mean displacement was taken out.
+    """
     count = len(corruption.sigma)
-    natoms, moved = (
-        torch.bincount(batch, minlength=count) for batch in (corruption.batch, corruption.batch[corruption.mask])
-    )
+    natoms = torch.bincount(corruption.batch, minlength=count)
+    moved = torch.bincount(corruption.batch[corruption.mask], minlength=count)
     return (3 * moved - 3 * (moved == natoms))[corruption.corrupted]

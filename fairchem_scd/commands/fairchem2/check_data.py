@@ -15,12 +15,11 @@ from fairchem.core.units.mlip_unit.mlip_unit import Task
 from fairchem_scd.commands.check.report import Report
 from fairchem_scd.commands.check.rounds import say_condition, say_corruption
 from fairchem_scd.commands.fairchem2.embeddings import collated
-from fairchem_scd.denoising.config_keys import block_called, key_of
+from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.errors import DataError
 from fairchem_scd.fairchem2.batch import structures_of
 from fairchem_scd.fairchem2.rows import guard, row_check, with_advice
-from fairchem_scd.fairchem2.setup import KEY
 from fairchem_scd.fairchem2.unit import DenoisingTrainEvalUnit
 
 _ROWS = 32
@@ -88,9 +87,8 @@ def describe_corruption(
     batch = collated(rows, without=())
     adapter = unit.model.module.adapter
     structures = structures_of(batch, adapter.periodic(batch.pbc), unit.tasks)
-    with block_called(KEY):
-        corruption = task.corrupt(structures, seed=unit.draw_task.seed, step=1)
-        key = key_of(task.name)
+    corruption = task.corrupt(structures, seed=unit.draw_task.seed, step=1)
+    key = key_of(task.name)
     if not bool(corruption.mask.any()):
         report.problem(f"{key} moves no atom of the {len(rows)} structures looked at")
         return

@@ -114,13 +114,14 @@ def noise_of_zero(
 
 
 def _row(dataset: Any, check: Any, index: int) -> AtomicData | None:
-    """A row of a loader's dataset; None where it cannot be trained on."""
+    """A row of a loader's dataset; None where it cannot be trained on, also where a guard put another in its place."""
     try:
         row = dataset[index]
-        check(row)
+        if "bad_data" not in row:  # a guard has checked it already
+            check(row)
     except Exception:  # of lmdb, zlib, ase …; whether it ends the run is said elsewhere
         return None
-    return row
+    return None if row.get("bad_data", "") else row
 
 
 def _length(runner: Any) -> tuple[float, str]:

@@ -149,9 +149,8 @@ def _run(config: DictConfig, report: Report, repeats: int, seconds: float) -> No
         runner = _built(config.runner)
         unit = runner.train_eval_unit
         for split, loader in (("train", runner.train_dataloader), ("val", runner.eval_dataloader)):
-            with report.part(f"runner.{split}_dataloader"):
-                with block_called(KEY):
-                    rows = check_data.describe(split, loader, unit, report)
+            with report.part(f"runner.{split}_dataloader"), block_called(KEY):
+                rows = check_data.describe(split, loader, unit, report)
                 if split == "train":
                     for task in unit.setup.tasks.values():
                         check_data.describe_corruption(task, rows, unit, report)
