@@ -58,6 +58,15 @@ LEVERS = {
     "standardised": Form(change=forms.standardised),
     "moments": Form(change=forms.moments),
     "modulation not zero at first": Form(change=forms.started),
+    "four vectors, pooled and read by attention": Form(change=forms.tokens),
+    "into the input features too": Form(change=forms.into_the_input),
+    "into the update layers too": Form(change=forms.update_layers),
+    "gates of vector features too": Form(change=forms.vector_gates),
+    "shift, scale and gate of the condition alone": Form(change=forms.condition_alone),
+    "five times the learning rate": Form(change=forms.faster),
+    "dropped by atom": Form({"condition_drop": 0.0}, forms.dropped_by_atom),
+    "contrastive term": Form(change=forms.contrastive),
+    "σ from large to small": Form(change=forms.from_large_noise),
 }
 """Forms that differ from the package's in one thing; `mask token` is the authors'."""
 FORMS = {

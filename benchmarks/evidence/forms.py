@@ -1,16 +1,28 @@
 """Other forms of SCD's condition, which `benchmarks.evidence.condition` compares with the package's.
 
-Each function changes a `DenoisingHydra` in place, before it is trained, and adds no weights.
+Each function changes a `DenoisingHydra` in place, before it is trained. Without a condition all of them compute what
+the host's plain model computes. Those that reach into the backbone know PaiNN alone.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
 
-from fairchem_scd.denoising.conditions.self_condition import ConditionHead
+from fairchem_scd.denoising.conditions import BoundModulation, ConditionHead, Modulation
+from fairchem_scd.denoising.conditions.modulation import BlockModulation
+from fairchem_scd.denoising.corruption import Corruption
+from fairchem_scd.denoising.plan import EMBEDDING, NOISE, VALIDATION, Plan
+from fairchem_scd.fairchem1.hydra import DenoisingHydra
+
+# --- what is told -----------------------------------------------------------------------------------------------------
 
 
 def standardised(model: Any) -> None:
@@ -24,16 +36,6 @@ def moments(model: Any) -> None:
     _head(model).__class__ = _Moments
 
 
-def started(model: Any) -> None:
-    """The last layer of the modulation begins as PyTorch has it, not with zeros."""
-    for block in model.denoising["scd"]["modulation"].blocks:
-        block.mlp[-1].reset_parameters()
-
-
-def _head(model: Any) -> ConditionHead:
-    return model.denoising["scd"]["condition_head"]
-
-
 class _Moments(ConditionHead):
     def forward(self, scalars: Tensor, batch: Tensor, size: int) -> Tensor:
         atoms = self.atoms(scalars).float()
@@ -43,3 +45,251 @@ class _Moments(ConditionHead):
         count = torch.bincount(batch, minlength=size).clamp(min=1)[:, None]
         root = (pooled[:, half:] / count + 1e-6).sqrt()
         return self.structure(torch.cat([pooled[:, :half], root], dim=1)).float()
+
+
+TOKENS = 4
+
+
+def tokens(model: Any) -> None:
+    """Four vectors a structure instead of one, each pooled with attention weights over the atoms of its own.
+
+    In each block an atom reads a mixture of them, whose weights follow from its l = 0 features. Still no vector is an
+    atom's own, unless one atom has all the weight.
+    """
+    head = _head(model)
+    channels = head.norm.normalized_shape[0]
+    head.__class__, head.scores = _Tokens, nn.Linear(channels, TOKENS)
+    for block in _blocks(model):
+        block.__class__, block.choice = _ReadsTokens, nn.Linear(channels, TOKENS)
+
+
+class _Tokens(ConditionHead):
+    def forward(self, scalars: Tensor, batch: Tensor, size: int) -> Tensor:
+        atoms = self.atoms(scalars).float()
+        # No score is so large that its exponential is none: a softmax without the usual shift.
+        weights = torch.exp(5 * torch.tanh(self.scores(atoms)))
+        total = weights.new_zeros(size, TOKENS).index_add(0, batch, weights)
+        values = weights[:, :, None] * atoms[:, None, :]
+        pooled = values.new_zeros(size, *values.shape[1:]).index_add(0, batch, values) / total[:, :, None].clamp(1e-9)
+        return self.structure(pooled).float().flatten(1)
+
+    def condition(self, embedding: Tensor, conditioned: Tensor) -> Tensor:
+        return self.norm(embedding.unflatten(1, (TOKENS, -1))).float().flatten(1)
+
+
+class _ReadsTokens(BlockModulation):
+    def forward(self, scalars: Tensor, condition: Tensor, conditioned: Tensor) -> tuple[Tensor, Tensor]:
+        weights = self.choice(_seen(scalars)).softmax(dim=1)
+        read = (weights[:, :, None] * condition.unflatten(1, (TOKENS, -1))).sum(dim=1)
+        return super().forward(scalars, read, conditioned)
+
+
+def dropped_by_atom(model: Any) -> None:
+    """In training a tenth of the atoms of structures with a condition go without it, drawn atom by atom."""
+    model.denoising["scd"]["modulation"].__class__ = _DroppedByAtom
+
+
+class _DroppedByAtom(Modulation):
+    def bind(self, condition: Tensor, conditioned: Tensor) -> BoundModulation:
+        if self.training:
+            conditioned = conditioned & (torch.rand(len(conditioned), device=conditioned.device) >= 0.1)
+        return super().bind(condition, conditioned)
+
+
+# --- how blocks are told ----------------------------------------------------------------------------------------------
+
+
+def started(model: Any) -> None:
+    """The last layer of the modulation begins as PyTorch has it, not with zeros."""
+    for block in _blocks(model):
+        block.mlp[-1].reset_parameters()
+
+
+def faster(model: Any) -> None:
+    """Steps of the condition's weights are five times as large: Adam's steps have one size, whatever the weights'."""
+    for layer in [*_head(model).modules(), *model.denoising["scd"]["modulation"].modules()]:
+        if isinstance(layer, nn.Linear):
+            for name in ("weight", "bias"):
+                parametrize.register_parametrization(layer, name, _Times(5.0))
+
+
+class _Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value * self.factor
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        return value / self.factor
+
+
+def condition_alone(model: Any) -> None:
+    """Shift, scale and gate are functions of the condition alone, not of the atom's features too."""
+    for block in _blocks(model):
+        block.mlp.insert(0, _WithoutFeatures())
+
+
+class _WithoutFeatures(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        condition, seen = inputs.chunk(2, dim=1)
+        return torch.cat([condition, torch.zeros_like(seen)], dim=1)
+
+
+def into_the_input(model: Any) -> None:
+    """A linear function of the condition, zero at first, is added to the atoms' features before the first block too."""
+    modulation = model.denoising["scd"]["modulation"]
+    channels = _head(model).norm.normalized_shape[0]
+    modulation.__class__, modulation.added = _IntoTheInput, nn.Linear(channels, channels, bias=False)
+    nn.init.zeros_(modulation.added.weight)
+    modulation.of_pass = None
+
+    def add(_: nn.Module, inputs: Any, features: Tensor) -> Tensor:
+        addition, modulation.of_pass = modulation.of_pass, None
+        return features if addition is None else features + addition
+
+    model.backbone.atom_emb.register_forward_hook(add)
+
+
+class _IntoTheInput(Modulation):
+    def bind(self, condition: Tensor, conditioned: Tensor) -> BoundModulation:
+        self.of_pass = torch.where(conditioned[:, None], self.added(condition), 0.0)
+        return super().bind(condition, conditioned)
+
+
+def vector_gates(model: Any) -> None:
+    """The update of the vector features is gated too, by a layer of its own that begins at zero."""
+    for block, message in zip(_blocks(model), model.backbone.message_layers, strict=True):
+        channels = message.hidden_channels
+        block.__class__, block.vectors, block.of_pass = _GatesVectors, nn.Linear(2 * channels, channels), None
+        nn.init.zeros_(block.vectors.weight)
+        nn.init.zeros_(block.vectors.bias)
+        message.register_forward_hook(_gated(block))
+
+
+class _GatesVectors(BlockModulation):
+    def forward(self, scalars: Tensor, condition: Tensor, conditioned: Tensor) -> tuple[Tensor, Tensor]:
+        gate = torch.tanh(self.vectors(torch.cat([condition, _seen(scalars)], dim=1)))
+        self.of_pass = torch.where(conditioned[:, None], 1 + gate, 1.0)
+        return super().forward(scalars, condition, conditioned)
+
+
+def _gated(block: nn.Module) -> Callable[..., Any]:
+    def hook(_: nn.Module, inputs: Any, update: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        gate, block.of_pass = block.of_pass, None
+        scalars, vectors = update
+        return update if gate is None else (scalars, vectors * gate[:, None, :])
+
+    return hook
+
+
+def update_layers(model: Any) -> None:
+    """Beside the message layers the update layers are modulated too, PaiNN's feed-forward part, each by its own MLP."""
+    for block, update in zip(_blocks(model), model.backbone.update_layers, strict=True):
+        channels = update.hidden_channels
+        block.__class__, block.second = _TellsSecond, BlockModulation(channels, null="identity")
+        block.of_pass = block.gate = None
+        update.register_forward_pre_hook(_modulated_inputs(block))
+        update.register_forward_hook(_modulated_update(block))
+
+
+class _TellsSecond(BlockModulation):
+    def forward(self, scalars: Tensor, condition: Tensor, conditioned: Tensor) -> tuple[Tensor, Tensor]:
+        self.of_pass = condition, conditioned
+        return super().forward(scalars, condition, conditioned)
+
+
+def _modulated_inputs(block: nn.Module) -> Callable[..., Any]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        told, block.of_pass = block.of_pass, None
+        if told is None:
+            return inputs
+        scalars, block.gate = block.second(inputs[0], *told)
+        return scalars, inputs[1]
+
+    return hook
+
+
+def _modulated_update(block: nn.Module) -> Callable[..., Any]:
+    def hook(_: nn.Module, inputs: Any, update: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        gate, block.gate = block.gate, None
+        return update if gate is None else (update[0] * gate, update[1])
+
+    return hook
+
+
+# --- what is trained --------------------------------------------------------------------------------------------------
+
+
+def contrastive(model: Any) -> None:
+    """A third pass is told another structure's embedding, and should do worse than the second by a margin.
+
+    The term is mean over structures of max(0, 0.2 + e_right − e_other), with errors in σ², and the weight of the
+    noise's own.
+    """
+    model.__class__ = _Contrastive
+
+
+class _Contrastive(DenoisingHydra):
+    def forward(self, data: Any, plan: Plan | None = None) -> dict[str, Any]:
+        if plan is None or not self.training:
+            return super().forward(data, plan)
+        out = super().forward(data, replace(plan, returns_embedding=True))
+        noisy, task = plan.passes[-1], self.denoising_tasks["scd"]
+        asked = replace(noisy, given=out.pop(EMBEDDING).roll(1, 0))
+        other = super().forward(data, Plan(plan.task, (asked,)))[NOISE]
+        target = (noisy.pos - data.pos) / task.settings.std
+        right, wrong = (_by_structure((noise - target).square(), data) for noise in (out[NOISE], other))
+        hinge = (0.2 + right - wrong).clamp(min=0)[noisy.conditioned].sum() / len(data.natoms)
+        out[NOISE] = _WithTerm.apply(out[NOISE], task.settings.coefficient_of(False) * hinge)
+        return out
+
+
+def _by_structure(values: Tensor, data: Any) -> Tensor:
+    """[B] means over atoms and components of [N, 3]."""
+    total = values.new_zeros(len(data.natoms)).index_add(0, data.batch, values.mean(dim=1))
+    return total / data.natoms
+
+
+class _WithTerm(torch.autograd.Function):
+    """Returns its first argument as it is, and adds the second to whatever loss is made of it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, term: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.new_ones(())
+
+
+def from_large_noise(model: Any) -> None:
+    """σ falls from four times its value to its value, over the first 500 steps of training."""
+    task = model.denoising_tasks["scd"]
+    drawn = task.corrupt
+    first = None
+
+    def corrupt(structures: Any, *, seed: int, step: int) -> Corruption:
+        nonlocal first
+        found = drawn(structures, seed=seed, step=step)
+        if step == VALIDATION:
+            return found
+        first = step if first is None else first
+        factor = math.exp(math.log(4.0) * max(0.0, 1 - (step - first) / 500))
+        return replace(found, noise=factor * found.noise, sigma=factor * found.sigma)
+
+    task.corrupt = corrupt
+
+
+def _head(model: Any) -> ConditionHead:
+    return model.denoising["scd"]["condition_head"]
+
+
+def _blocks(model: Any) -> nn.ModuleList:
+    return model.denoising["scd"]["modulation"].blocks
+
+
+def _seen(scalars: Tensor) -> Tensor:
+    """What a modulation sees of the l = 0 features."""
+    return functional.layer_norm(scalars.detach().float(), scalars.shape[-1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from ase import Atoms
@@ -22,6 +24,7 @@ from benchmarks.evidence.results import Results, key_of
 from benchmarks.evidence.structures import KeptAseDB, Splits, write
 from fairchem_scd.denoising.quiet_heads import quieten as quieten_heads
 from fairchem_scd.fairchem1.backbones import adapter_for
+from fairchem_scd.fairchem1.hydra import DenoisingHydra
 
 JUDGED = 96
 """At most so many held-out structures are denoised to judge a denoiser."""
@@ -272,29 +275,48 @@ def denoiser(
     """A trainer of denoising alone, which reads no labels.
 
     Args:
-        change: makes the model another, in place, before it is trained; weights that it adds are not trained.
+        change: makes the model another, in place, before the host makes an optimiser for its weights.
     """
-    trainer = make_trainer(
-        DENOISING,
-        model.block(),
-        {
-            "train": {
-                "format": "kept_ase_db",
-                "src": write(structures, folder / "train.db"),
-                "a2g_args": {"r_energy": False, "r_forces": False},
+    with _changed(change):
+        trainer = make_trainer(
+            DENOISING,
+            model.block(),
+            {
+                "train": {
+                    "format": "kept_ase_db",
+                    "src": write(structures, folder / "train.db"),
+                    "a2g_args": {"r_energy": False, "r_forces": False},
+                },
+                "val": {"src": write(held_out, folder / "held_out.db")},
             },
-            "val": {"src": write(held_out, folder / "held_out.db")},
-        },
-        length.optim(len(structures)),
-        seed=seed,
-        denoising={"scd": dict(scd)},
-        supervised=False,
-        folder=folder,
-    )
+            length.optim(len(structures)),
+            seed=seed,
+            denoising={"scd": dict(scd)},
+            supervised=False,
+            folder=folder,
+        )
     KeptNeighbors(trainer._unwrapped_model.backbone)
-    if change is not None:
-        change(trainer._unwrapped_model)
     return trainer
+
+
+@contextmanager
+def _changed(change: Callable[[Any], None] | None) -> Iterator[None]:
+    """While entered, models of the package are changed as soon as they are made; what follows has equal random numbers.
+
+    Args:
+        change: what to do to a model; None: nothing.
+    """
+    initialise = DenoisingHydra.__init__
+
+    @functools.wraps(initialise)
+    def initialise_and_change(model: DenoisingHydra, *args: Any, **kwargs: Any) -> None:
+        initialise(model, *args, **kwargs)
+        if change is not None:
+            with torch.random.fork_rng(devices=[]):
+                change(model)
+
+    with mock.patch.object(DenoisingHydra, "__init__", initialise_and_change):
+        yield
 
 
 def watch_denoising(trainer: Any, points: int) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from benchmarks.evidence.noise import (
 from benchmarks.evidence.results import Results, key_of
 from benchmarks.evidence.trained import Length, Model, quieten
 from fairchem_scd.denoising.conditions.self_condition import ConditionHead
+from fairchem_scd.denoising.plan import NOISE, VALIDATION, Plan
 from fairchem_scd.testing import stirred
 
 setup_imports()
@@ -284,15 +285,125 @@ def test_shrinkage_leaves_of_the_noise_what_its_formula_says() -> None:
 
 
 @pytest.mark.parametrize("form", condition.LEVERS)
-def test_other_forms_have_the_same_weights_and_without_a_condition_the_same_model(form: str, batch: Any) -> None:
-    plain = hydra("painn", scd={}, self_supervised=True)
-    model = hydra("painn", scd=condition.FORMS[form].scd, self_supervised=True)
-    names = set(dict(model.named_parameters())) - {"denoising.scd.condition_head.mask_token"}
+def test_other_forms_are_without_a_condition_the_plain_model_before_and_after_a_pass(form: str, batch: Any) -> None:
+    expected = hydra("painn", scd={}, self_supervised=True)(batch)["forces"]
+    model = changed(form)
+    stirred(model)
+    task = model.denoising_tasks["scd"]
+    seen = model.structures_of(batch)
+    planned = Plan("scd", task.passes(seen, task.corrupt(seen, seed=0, step=1), seed=0, step=1))
+    for _ in range(2):
+        if form != "mask token":
+            assert torch.equal(model(batch)["forces"], expected)
+        noise = model(batch, plan=planned)[NOISE]
+    assert torch.equal(model(batch, plan=planned)[NOISE], noise)
+
+
+# What a form changes when models are judged; others change what is trained, or where training starts.
+SAID_OTHERWISE = (
+    *("standardised", "moments", "four vectors, pooled and read by attention", "into the input features too"),
+    *("into the update layers too", "gates of vector features too", "shift, scale and gate of the condition alone"),
+)
+
+
+@pytest.mark.parametrize("form", SAID_OTHERWISE)
+def test_other_forms_tell_the_blocks_something_else(form: str, batch: Any) -> None:
+    model, usual = changed(form), changed("embedding")
+    for some in (model, usual):
+        stirred(some)
+    weights = {name: value for name, value in usual.state_dict().items() if name in model.state_dict()}
+    if form != "shift, scale and gate of the condition alone":  # which names its layers otherwise
+        model.load_state_dict(weights, strict=False)
+    else:
+        for block, other in zip(*(m.denoising["scd"]["modulation"].blocks for m in (model, usual)), strict=True):
+            torch.nn.Sequential(*[*block.mlp][1:]).load_state_dict(other.mlp.state_dict())
+    found, expected = (noise_errors(validating(some, batch)) for some in (model, usual))
+    assert (found - expected).abs().max() > 1e-4
+    told = judged(validating(model, batch))
+    assert (of_structures(told, "right") - of_structures(told, "other")).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("form", ["into the update layers too", "gates of vector features too"])
+def test_forms_in_the_backbone_predict_noise_that_turns_with_the_structure(form: str, batch: Any) -> None:
+    model = changed(form)
+    stirred(model)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
+    turned = batch.clone()
+    turned.pos, turned.cell = batch.pos @ turn, batch.cell @ turn
+    noise = []
+    for some, moved in ((batch, torch.eye(3)), (turned, turn)):
+        seen = model.structures_of(some)
+        task = model.denoising_tasks["scd"]
+        drawn = task.corrupt(model.structures_of(batch), seed=0, step=1)
+        passes = task.passes(seen, replace(drawn, noise=drawn.noise @ moved), seed=0, step=1)
+        noise.append(model(some, plan=Plan("scd", passes))[NOISE])
+    torch.testing.assert_close(noise[0] @ turn, noise[1], atol=1e-4, rtol=1e-3)
+
+
+def test_faster_weights_take_five_times_the_step() -> None:
+    fast, usual = changed("five times the learning rate"), changed("embedding")
+    moved = []
+    for model in (fast, usual):
+        layer = model.denoising["scd"]["condition_head"].structure[1]
+        before = layer.weight.detach().clone()
+        optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
+        (layer.weight * torch.arange(1.0, 9.0)).sum().backward()
+        optimizer.step()
+        moved.append(layer.weight.detach() - before)
+    torch.testing.assert_close(moved[0], 5 * moved[1], rtol=1e-3, atol=1e-6)
+
+
+def test_noise_falls_from_four_times_its_size(batch: Any) -> None:
+    model, usual = changed("σ from large to small"), changed("embedding")
+    seen = model.structures_of(batch)
+    for step, factor in ((7, 4.0), (257, 2.0), (507, 1.0), (900, 1.0), (VALIDATION, 1.0)):
+        drawn, expected = (m.denoising_tasks["scd"].corrupt(seen, seed=0, step=step) for m in (model, usual))
+        torch.testing.assert_close(drawn.noise, factor * expected.noise)
+        torch.testing.assert_close(drawn.sigma, factor * expected.sigma)
+
+
+def test_the_contrastive_term_pulls_the_two_errors_apart(batch: Any) -> None:
+    def gap_and_gradient(form: str) -> tuple[float, torch.Tensor]:
+        model = changed(form).train()
+        stirred(model)
+        task = model.denoising_tasks["scd"]
+        seen = model.structures_of(batch)
+        corruption = task.corrupt(seen, seed=0, step=1)
+        noise = model(batch, plan=Plan("scd", task.passes(seen, corruption, seed=0, step=VALIDATION)))[NOISE]
+        weight = model.denoising["scd"]["condition_head"].structure[-1].weight
+        (noise * 0).sum().backward()
+        return noise.detach(), weight.grad
+
+    (noise, gradient), (usual, none) = gap_and_gradient("contrastive term"), gap_and_gradient("embedding")
+    torch.testing.assert_close(noise, usual)
+    assert none.abs().max() == 0 < gradient.abs().max()
+
+
+def test_dropped_by_atom_some_atoms_of_a_structure_have_no_condition(batch: Any) -> None:
+    modulation = changed("dropped by atom").denoising["scd"]["modulation"]
+    all_of_them = torch.ones(1000, dtype=torch.bool)
+    for training, share in ((True, 0.9), (False, 1.0)):
+        bound = modulation.train(training).bind(torch.zeros(1000, 8), all_of_them)
+        assert bound._conditioned.float().mean() == pytest.approx(share, abs=0.04)
+
+
+def changed(form: str) -> Any:
+    """A small model with a form of the condition."""
+    model = hydra("painn", scd={"std": 0.1, "std_reg": 0.0, **condition.FORMS[form].scd}, self_supervised=True)
     if (change := condition.FORMS[form].change) is not None:
         change(model)
-        assert set(dict(model.named_parameters())) <= names
-    if form != "mask token":
-        assert torch.equal(model(batch)["forces"], plain(batch)["forces"])
+    return model.eval()
+
+
+def validating(model: Any, batch: Any) -> Any:
+    """As much of a trainer as judging needs."""
+    rows = batch.to_data_list()
+    return SimpleNamespace(
+        _unwrapped_model=model,
+        tasks=model.denoising_tasks,
+        val_dataset=rows,
+        collater=lambda some: data_list_collater(some, otf_graph=True),
+    )
 
 
 def test_moments_of_equal_atoms_are_those_of_one_atom() -> None:
@@ -312,13 +423,7 @@ def test_held_out_structures_are_judged_as_the_package_does_in_either_form(form:
     if form == "difference":
         told_differences(model)
     stirred(model)
-    rows = batch.to_data_list()
-    trainer = SimpleNamespace(
-        _unwrapped_model=model,
-        tasks=model.denoising_tasks,
-        val_dataset=rows,
-        collater=lambda some: data_list_collater(some, otf_graph=True),
-    )
+    trainer = validating(model, batch)
     found, errors = judged(trainer), noise_errors(trainer)
     right, other, none = (of_structures(found, told) for told in ("right", "other", "none"))
     torch.testing.assert_close(right, errors, rtol=1e-4, atol=0)
