@@ -13,7 +13,8 @@ Suites, which --only, --arms, --labels and --seeds narrow down:
 - few: few labels, from random weights and after pre-training on the structures of all training data;
 - molecules: the same on molecules, which have more structures and fewer atoms;
 - more_molecules, longer_molecules: molecules with more labels, at other learning rates and in longer runs;
-- rates, molecule_rates, longer_molecule_rates: learning rate and length of these, to be chosen on held-out structures;
+- slabs: the same on metal slabs with adsorbates, labelled by ASE's effective medium theory;
+- rates, molecule_rates, slab_rates, longer_molecule_rates: learning rate and length of these, to be chosen on held-out structures;
 - energies: as few, on oxides, whose structures are relaxed: energies alone;
 - compute, molecule_compute: plain training from random weights for as long as pre-training and fine-tuning together;
 - heads: as few, with energy heads that start as the host has them;
@@ -180,9 +181,11 @@ _MOLECULES = replace(
     before=replace(_BEFORE, steps=2000, batch_size=32),
     tuned={1000: 1e-3},
 )
+_SLABS = replace(_MOLECULES, data=("slabs",), budgets=((96,), (24, 384)), model=Model(neighbors=60))
 SUITES = {
     "few": _FEW,
     "molecules": _MOLECULES,
+    "slabs": _SLABS,
     # The rates that were best on held-out structures with so many labels.
     "more_molecules": replace(_MOLECULES, budgets=((384,),), lengths=(Length(1000, 8, 4e-3),), tuned={1000: 2e-3}),
     "longer_molecules": replace(_MOLECULES, budgets=((384,),), lengths=(Length(3000, 8, 2e-3),), tuned={3000: 1e-3}),
@@ -197,6 +200,11 @@ SUITES = {
     "molecule_rates": replace(
         _MOLECULES,
         **{**_RATES, "budgets": ((24,), (384,))},
+        lengths=tuple(Length(1000, 8, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
+    ),
+    "slab_rates": replace(
+        _SLABS,
+        **{**_RATES, "budgets": ((96,),)},
         lengths=tuple(Length(1000, 8, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
     ),
     "longer_molecule_rates": replace(

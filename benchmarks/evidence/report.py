@@ -44,7 +44,7 @@ from benchmarks.evidence.tables import (
 from fairchem_scd.commands import pictures as style
 
 HERE = Path(__file__).parents[1]
-FEW_LABELS = ("few", "energies", "molecules", "more_molecules", "longer_molecules")
+FEW_LABELS = ("few", "energies", "molecules", "more_molecules", "longer_molecules", "slabs")
 """Suites of few labels."""
 PAGE = HERE.parent / "docs" / "evidence.md"
 
