@@ -14,12 +14,13 @@ Suites, which --only, --arms, --labels and --seeds narrow down:
 - molecules: the same on molecules, which have more structures and fewer atoms;
 - more_molecules, longer_molecules: molecules with more labels, at other learning rates and in longer runs;
 - slabs: the same on metal slabs with adsorbates, labelled by ASE's effective medium theory;
-- rates, molecule_rates, slab_rates, longer_molecule_rates: learning rate and length of these, to be chosen on held-out structures;
+- rates, molecule_rates, slab_rates, longer_molecule_rates: learning rate and length of these, to be chosen on held-out
+  structures;
 - energies: as few, on oxides, whose structures are relaxed: energies alone;
 - compute, molecule_compute: plain training from random weights for as long as pre-training and fine-tuning together;
 - heads: as few, with energy heads that start as the host has them;
 - long: many passes over all labels, a task beside them;
-- tune: settings of the tasks beside labels, to be judged on held-out structures;
+- tune, molecule_tasks: settings of the tasks beside labels, to be judged on held-out structures;
 - equiformer, equiformer_molecules: few labels on EquiformerV2.
 """
 
@@ -71,7 +72,7 @@ SMALL = Model(layers=2, channels=32)
 EQUIFORMER = Model("equiformer_v2", layers=2, channels=32)
 
 
-def _dens(**settings: float) -> dict[str, Any]:
+def _dens(**settings: float | None) -> dict[str, Any]:
     return {"dens": {"prob": 0.5, "std": 0.1, "corrupt_ratio": 0.5, "coefficient": 100.0, **settings}}
 
 
@@ -79,6 +80,7 @@ def _scd(**settings: Any) -> dict[str, Any]:
     return {"scd": {"std": 0.04, "coefficient": 10.0, **settings}}
 
 
+_GENTLE = {"std": 0.02, "prob": 0.25, "coefficient": 10.0}
 # Predicting zero for noise loses 2.7 times what it loses for forces on OC20, at coefficients 10 and 100, but a
 # twentieth of that on small data whose normaliser is fitted. So DeNS is tried with a coefficient that makes up for it.
 TASKS: dict[str, dict[str, Any]] = {
@@ -87,6 +89,9 @@ TASKS: dict[str, dict[str, Any]] = {
     "DeNS, coefficient 100": _dens(),
     "DeNS, σ 0.05, coefficient 100": _dens(std=0.05),
     "DeNS, prob 0.25, coefficient 100": _dens(prob=0.25),
+    "DeNS, σ 0.02, prob 0.25, coefficient 10": _dens(**_GENTLE),
+    "DeNS, σ 0.02, prob 0.25, coefficient 10, forces not told": _dens(**_GENTLE, force_encoding=False),
+    "DeNS, σ 0.02, prob 0.25, coefficient 10, all atoms move": _dens(**_GENTLE, corrupt_ratio=None),
     "SCD beside labels, coefficient 10": _scd(),
     "SCD beside labels, coefficient 100": _scd(coefficient=100.0),
     "plain denoising beside labels, coefficient 10": _scd(condition=[]),
@@ -223,6 +228,18 @@ SUITES = {
     ),
     "long": replace(_FEW, data=_METALS, budgets=((None,),), arms=_BESIDE, lengths=(Length(3000, 4, 1e-3),), points=12),
     "tune": Suite(("Mo",), ((96,),), (PLAIN, *TASKS), SMALL, (Length(600, 4, 2e-3),), _BEFORE),
+    # At the rate that is best for plain training.
+    "molecule_tasks": replace(
+        _MOLECULES,
+        budgets=((384,),),
+        arms=(
+            PLAIN,
+            *(arm for arm in TASKS if "σ 0.02" in arm),
+            *("DeNS, coefficient 10", "DeNS, σ 0.05, coefficient 100"),
+            *("SCD beside labels, coefficient 10", "plain denoising beside labels, coefficient 10", "noisy nodes"),
+        ),
+        lengths=(Length(3000, 8, 2e-3),),
+    ),
     "equiformer_molecules": replace(
         _MOLECULES,
         arms=(PLAIN, *PRETRAINED[:2]),

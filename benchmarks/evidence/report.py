@@ -63,6 +63,7 @@ def sections(
     ladder, varied, levers = parted(condition)
     several, explained = of_several_budgets(learning), groups(longest(ladder), before)
     equiformer = trained(learning, "equiformer", "equiformer_molecules")
+    settings = of_suites(learning, "tune", "molecule_tasks")
     longer = trained(learning, "compute", "molecule_compute")
     shared = {(r["run"]["data"], r["run"]["labels"]) for r in longer}
     compute = longer + [r for r in widest(few) if (r["run"]["data"], r["run"]["labels"]) in shared]
@@ -74,7 +75,7 @@ def sections(
         "heads": (trained(learning, "heads"), HEADS, lambda: arms_table(trained(learning, "heads"))),
         "equiformer": (equiformer, EQUIFORMER, lambda: arms_table(equiformer)),
         "long": (long, LONG, lambda: arms_table(long)),
-        "tune": (trained(learning, "tune"), TUNE, lambda: arms_table(trained(learning, "tune"), split="held_out")),
+        "tune": (settings, TUNE, lambda: arms_table(settings, split="held_out")),
         "condition": (ladder, CONDITION, lambda: ladder_table(ladder)),
         "frontier": (varied, FRONTIER, lambda: frontier_table(varied)),
         "levers": (levers, LEVERS, lambda: levers_table(levers)),
@@ -88,11 +89,16 @@ def sections(
 
 
 def few_labels(learning: list[Record]) -> list[Record]:
-    """Runs of few labels. Some of them are runs of a suite of rates too, and may have been done there."""
+    """Runs of few labels."""
+    return of_suites(learning, *FEW_LABELS)
+
+
+def of_suites(learning: list[Record], *names: str) -> list[Record]:
+    """Runs of some suites. Some are runs of other suites too, such as one of rates, and may have been done there."""
     records = [record for record in learning if "arm" in record["run"]]
     seeds = sorted({record["run"]["seed"] for record in records})
-    wanted = keys_of(run for name in FEW_LABELS for run in SUITES[name].runs(seeds))
-    return [record for record in records if record["suite"] in FEW_LABELS or key_of(record["run"]) in wanted]
+    wanted = keys_of(run for name in names for run in SUITES[name].runs(seeds))
+    return [record for record in records if record["suite"] in names or key_of(record["run"]) in wanted]
 
 
 def of_several_budgets(learning: list[Record]) -> list[Record]:
