@@ -1,0 +1,340 @@
+"""The models of the studies: their neighbours, forms of the condition, and probes of their embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fairchem.core.common.registry import registry
+from fairchem.core.common.utils import setup_imports
+from fairchem.core.datasets import data_list_collater
+from fairchem.core.models.base import HydraModel
+from fairchem.core.preprocessing import AtomsToGraphs
+
+from benchmarks.evidence import (
+    condition,
+    forms,
+    probes,
+    structures,
+)
+from benchmarks.evidence.neighbors import KeptNeighbors
+from benchmarks.evidence.noise import (
+    judge,
+    judged,
+    mean_of_structures,
+    noise_errors,
+    of_structures,
+    shrinkage_errors,
+    told_differences,
+)
+from benchmarks.evidence.trained import Model, quieten
+from fairchem_scd.denoising.conditions.self_condition import ConditionHead
+from fairchem_scd.denoising.plan import NOISE, VALIDATION, Plan
+from fairchem_scd.testing import stirred
+
+setup_imports()
+
+
+@pytest.fixture(scope="module")
+def batch() -> Any:
+    converter = AtomsToGraphs(r_energy=False, r_forces=False, r_edges=False, r_pbc=True)
+    rows = []
+    for i, atoms in enumerate(
+        structures.load("four_atoms", None).test[:3] + structures.load("two_atoms", None).test[:2]
+    ):
+        row = converter.convert(atoms)
+        row.sid, row.fid, row.natoms = i, 0, len(atoms)
+        rows.append(row)
+    return data_list_collater(rows, otf_graph=True)
+
+
+def hydra(name: str, *, self_supervised: bool = False, **denoising: Any) -> Any:
+    torch.manual_seed(0)
+    block = Model(name, layers=2, channels=8, lmax=1, radius=4.5, neighbors=60).block()
+    kind = registry.get_model_class("fairchem_scd.DenoisingHydra") if denoising else HydraModel
+    if denoising:
+        block |= {"denoising": denoising, "self_supervised": self_supervised}
+    del block["name"]
+    return kind(**block).eval()
+
+
+def test_kept_neighbours_are_the_hosts_where_atoms_moved_a_little_and_where_far(batch: Any) -> None:
+    host, kept = hydra("painn"), hydra("painn")
+    KeptNeighbors(kept.backbone)
+    start = batch.pos.clone()
+    for displacement in (0.0, 0.1, 0.8):
+        torch.manual_seed(1)
+        batch.pos = start + displacement * torch.randn_like(start)
+        expected, found = host.backbone.generate_graph(batch), kept.backbone.generate_graph(batch)
+        assert torch.equal(found.neighbors, expected.neighbors)
+        torch.testing.assert_close(found.edge_distance.sort().values, expected.edge_distance.sort().values)
+        torch.testing.assert_close(kept(batch)["forces"], host(batch)["forces"], atol=1e-5, rtol=1e-4)
+    batch.pos = start
+
+
+def test_kept_neighbours_are_not_searched_again_for_atoms_that_come_back_into_the_cell(batch: Any) -> None:
+    host, kept = hydra("painn"), hydra("painn")
+    neighbors = KeptNeighbors(kept.backbone)
+    start = batch.pos.clone()
+    kept(batch)
+    before = dict(neighbors._found)
+    torch.manual_seed(1)
+    cells = torch.einsum("ni,nij->nj", torch.randint(-1, 2, start.shape).float(), batch.cell[batch.batch])
+    batch.pos = start + 0.05 * torch.randn_like(start)
+    expected = host(batch)["forces"]
+    batch.pos = batch.pos + cells
+    torch.testing.assert_close(kept(batch)["forces"], expected, atol=1e-5, rtol=1e-4)
+    assert neighbors._found == before
+    batch.pos = start
+
+
+def test_kept_neighbours_refuse_to_cut(batch: Any) -> None:
+    model = hydra("painn")
+    model.backbone.max_neighbors = 3
+    KeptNeighbors(model.backbone)
+    with pytest.raises(ValueError, match="more than 3 neighbours"):
+        model(batch)
+
+
+@pytest.mark.parametrize("name", ["painn", "equiformer_v2"])
+def test_a_quiet_head_says_nothing_at_first_and_forces_stay(name: str, batch: Any) -> None:
+    model = hydra(name)
+    torch.manual_seed(0)
+    before = model(batch)
+    assert before["energy"].abs().min() > 0
+    quieten(SimpleNamespace(_unwrapped_model=model, ema=None))
+    torch.manual_seed(0)
+    after = model(batch)
+    assert torch.equal(after["energy"], torch.zeros_like(after["energy"]))
+    assert torch.equal(after["forces"], before["forces"])
+
+
+def test_told_differences_or_not_the_plain_model_stays_what_it_is(batch: Any) -> None:
+    model = hydra("painn", scd={})
+    before = model(batch)["forces"]
+    told_differences(model)
+    assert torch.equal(model(batch)["forces"], before)
+
+
+def test_means_of_structures(batch: Any) -> None:
+    values = torch.arange(len(batch.pos), dtype=torch.float)[:, None] * torch.tensor([[1.0, -2.0]])
+    expected = torch.stack([part.mean(dim=0) for part in values.split(batch.natoms.tolist())])
+    torch.testing.assert_close(mean_of_structures(values, batch.batch, len(batch.natoms)), expected)
+
+
+def test_shrinkage_leaves_of_the_noise_what_its_formula_says() -> None:
+    cells = structures.CELLS["four_atoms"]
+    rng = np.random.default_rng(3)
+    made = [cells.make(rng) for _ in range(400)]
+    rows = [AtomsToGraphs(r_energy=False, r_forces=False, r_edges=False).convert(atoms) for atoms in made]
+    for i, row in enumerate(rows):
+        row.sid, row.fid = i, 0
+    model = hydra("painn", scd={"std": 0.1, "condition": []}, self_supervised=True)
+    trainer = SimpleNamespace(
+        _unwrapped_model=model,
+        tasks=model.denoising_tasks,
+        val_dataset=rows,
+        collater=lambda some: data_list_collater(some, otf_graph=True),
+    )
+    known = [torch.from_numpy(cells.displacements(atoms, atoms.positions)) for atoms in made]
+    found = shrinkage_errors(trainer, known, cells.displacement)
+    expected = 0.15**2 / (0.15**2 + 0.1**2) * 3 / 4  # of four atoms three move about their mean
+    assert abs(found.mean() - expected) < 3 * found.std() / 400**0.5
+
+
+@pytest.mark.parametrize("form", condition.LEVERS)
+def test_other_forms_are_without_a_condition_the_plain_model_before_and_after_a_pass(form: str, batch: Any) -> None:
+    expected = hydra("painn", scd={}, self_supervised=True)(batch)["forces"]
+    model = changed(form)
+    stirred(model)
+    task = model.denoising_tasks["scd"]
+    seen = model.structures_of(batch)
+    planned = Plan("scd", task.passes(seen, task.corrupt(seen, seed=0, step=1), seed=0, step=1))
+    for _ in range(2):
+        if form != "mask token":
+            assert torch.equal(model(batch)["forces"], expected)
+        noise = model(batch, plan=planned)[NOISE]
+    assert torch.equal(model(batch, plan=planned)[NOISE], noise)
+
+
+# What a form changes when models are judged; others change what is trained, or where training starts.
+SAID_OTHERWISE = (
+    *("standardised", "moments", "four vectors, pooled and read by attention", "into the input features too"),
+    *("into the update layers too", "gates of vector features too", "shift, scale and gate of the condition alone"),
+)
+
+
+@pytest.mark.parametrize("form", SAID_OTHERWISE)
+def test_other_forms_tell_the_blocks_something_else(form: str, batch: Any) -> None:
+    model, usual = changed(form), changed("embedding")
+    for some in (model, usual):
+        stirred(some)
+    weights = {name: value for name, value in usual.state_dict().items() if name in model.state_dict()}
+    if form != "shift, scale and gate of the condition alone":  # which names its layers otherwise
+        model.load_state_dict(weights, strict=False)
+    else:
+        for block, other in zip(*(m.denoising["scd"]["modulation"].blocks for m in (model, usual)), strict=True):
+            torch.nn.Sequential(*[*block.mlp][1:]).load_state_dict(other.mlp.state_dict())
+    found, expected = (noise_errors(validating(some, batch)) for some in (model, usual))
+    assert (found - expected).abs().max() > 1e-4
+    told = judged(validating(model, batch))
+    assert (of_structures(told, "right") - of_structures(told, "other")).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("form", ["into the update layers too", "gates of vector features too"])
+def test_forms_in_the_backbone_predict_noise_that_turns_with_the_structure(form: str, batch: Any) -> None:
+    model = changed(form)
+    stirred(model)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
+    turned = batch.clone()
+    turned.pos, turned.cell = batch.pos @ turn, batch.cell @ turn
+    noise = []
+    for some, moved in ((batch, torch.eye(3)), (turned, turn)):
+        seen = model.structures_of(some)
+        task = model.denoising_tasks["scd"]
+        drawn = task.corrupt(model.structures_of(batch), seed=0, step=1)
+        passes = task.passes(seen, replace(drawn, noise=drawn.noise @ moved), seed=0, step=1)
+        noise.append(model(some, plan=Plan("scd", passes))[NOISE])
+    torch.testing.assert_close(noise[0] @ turn, noise[1], atol=1e-4, rtol=1e-3)
+
+
+def test_faster_weights_take_five_times_the_step() -> None:
+    fast, usual = changed("five times the learning rate"), changed("embedding")
+    moved = []
+    for model in (fast, usual):
+        layer = model.denoising["scd"]["condition_head"].structure[1]
+        before = layer.weight.detach().clone()
+        optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
+        (layer.weight * torch.arange(1.0, 9.0)).sum().backward()
+        optimizer.step()
+        moved.append(layer.weight.detach() - before)
+    torch.testing.assert_close(moved[0], 5 * moved[1], rtol=1e-3, atol=1e-6)
+
+
+def test_noise_falls_from_four_times_its_size(batch: Any) -> None:
+    model, usual = changed("σ from large to small"), changed("embedding")
+    seen = model.structures_of(batch)
+    for step, factor in ((7, 4.0), (257, 2.0), (507, 1.0), (900, 1.0), (VALIDATION, 1.0)):
+        drawn, expected = (m.denoising_tasks["scd"].corrupt(seen, seed=0, step=step) for m in (model, usual))
+        torch.testing.assert_close(drawn.noise, factor * expected.noise)
+        torch.testing.assert_close(drawn.sigma, factor * expected.sigma)
+
+
+def test_the_contrastive_term_pulls_the_two_errors_apart(batch: Any) -> None:
+    def gap_and_gradient(form: str) -> tuple[float, torch.Tensor]:
+        model = changed(form).train()
+        stirred(model)
+        task = model.denoising_tasks["scd"]
+        seen = model.structures_of(batch)
+        corruption = task.corrupt(seen, seed=0, step=1)
+        noise = model(batch, plan=Plan("scd", task.passes(seen, corruption, seed=0, step=VALIDATION)))[NOISE]
+        weight = model.denoising["scd"]["condition_head"].structure[-1].weight
+        (noise * 0).sum().backward()
+        return noise.detach(), weight.grad
+
+    (noise, gradient), (usual, none) = gap_and_gradient("contrastive term"), gap_and_gradient("embedding")
+    torch.testing.assert_close(noise, usual)
+    assert none.abs().max() == 0 < gradient.abs().max()
+
+
+def test_dropped_by_atom_some_atoms_of_a_structure_have_no_condition(batch: Any) -> None:
+    modulation = changed("dropped by atom").denoising["scd"]["modulation"]
+    all_of_them = torch.ones(1000, dtype=torch.bool)
+    for training, share in ((True, 0.9), (False, 1.0)):
+        bound = modulation.train(training).bind(torch.zeros(1000, 8), all_of_them)
+        assert bound._conditioned.float().mean() == pytest.approx(share, abs=0.04)
+
+
+def changed(form: str) -> Any:
+    """A small model with a form of the condition."""
+    model = hydra("painn", scd={"std": 0.1, "std_reg": 0.0, **condition.FORMS[form].scd}, self_supervised=True)
+    if (change := condition.FORMS[form].change) is not None:
+        change(model)
+    return model.eval()
+
+
+def validating(model: Any, batch: Any) -> Any:
+    """As much of a trainer as judging needs."""
+    rows = batch.to_data_list()
+    return SimpleNamespace(
+        _unwrapped_model=model,
+        tasks=model.denoising_tasks,
+        val_dataset=rows,
+        collater=lambda some: data_list_collater(some, otf_graph=True),
+    )
+
+
+def test_moments_of_equal_atoms_are_those_of_one_atom() -> None:
+    head = ConditionHead(8)
+    head.__class__ = forms._Moments
+    atoms, one = torch.randn(1, 8), torch.zeros(1, dtype=torch.long)
+    pooled = []
+    head.structure.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
+    head(atoms, one, 1)
+    head(atoms.expand(3, -1), one.expand(3), 1)
+    torch.testing.assert_close(pooled[1], pooled[0] * torch.tensor([3.0] * 4 + [1.0] * 4))
+
+
+@pytest.mark.parametrize("form", ["embedding", "difference"])
+def test_held_out_structures_are_judged_as_the_package_does_in_either_form(form: str, batch: Any) -> None:
+    model = hydra("painn", scd={"std": 0.1}, self_supervised=True)
+    if form == "difference":
+        told_differences(model)
+    stirred(model)
+    trainer = validating(model, batch)
+    found, errors = judged(trainer), noise_errors(trainer)
+    right, other, none = (of_structures(found, told) for told in ("right", "other", "none"))
+    torch.testing.assert_close(right, errors, rtol=1e-4, atol=0)
+    assert judge(trainer)["right"][0] == pytest.approx(float(right.mean()), abs=1e-6)
+    report = found.report()
+    assert report.mse.right == pytest.approx(float(right.mean()))
+    assert all((a - b).abs().max() > 1e-3 for a, b in ((right, other), (right, none), (other, none)))
+    channels = 8
+    assert 1 < report.dimensions < channels
+    # Told its own means as "another's", a structure is told the right ones.
+    found._others = {what: embedding for (what, _), embedding in found._told.items()}
+    with torch.no_grad():
+        found.second(batch)
+    torch.testing.assert_close(of_structures(found, "other"), right, rtol=1e-4, atol=0)
+
+
+# --- probes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_linear_probe_finds_what_is_linear_and_chooses_its_penalty_as_leaving_each_out_does() -> None:
+    rng = np.random.default_rng(0)
+    x, x_test = rng.standard_normal((40, 6)), rng.standard_normal((20, 6))
+    w = rng.standard_normal(6)
+    np.testing.assert_allclose(probes.ridge(x, x @ w + 3, x_test), x_test @ w + 3, atol=1e-2)
+    y = x @ w + 3 * rng.standard_normal(40)
+    errors = []
+    for penalty in probes.PENALTIES * len(x):
+        left = []
+        for i in range(len(x)):
+            others = np.arange(len(x)) != i
+            # Standardised by all, as the probe does it; the mean is of the others.
+            z = (x - x.mean(axis=0)) / x.std(axis=0)
+            augmented = np.c_[z[others], np.ones(len(x) - 1)]
+            gram = augmented.T @ augmented + np.diag([*[penalty] * 6, 0])
+            left.append(y[i] - np.r_[z[i], 1] @ np.linalg.solve(gram, augmented.T @ y[others]))
+        errors.append(np.mean(np.square(left)))
+    penalty = len(x) * probes.PENALTIES[int(np.argmin(errors))]
+    z, z_test = ((values - x.mean(axis=0)) / x.std(axis=0) for values in (x, x_test))
+    weights = np.linalg.solve(z.T @ z + penalty * np.eye(6), z.T @ (y - y.mean()))
+    np.testing.assert_allclose(probes.ridge(x, y, x_test), z_test @ weights + y.mean(), rtol=1e-6)
+
+
+def test_probes_score_by_the_variance_left_over_and_by_wrong_classes() -> None:
+    x = np.array([[0.0], [1.0], [10.0], [11.0]])
+    classes = np.array(["a", "a", "b", "b"])
+    x_test, test = np.array([[2.0], [9.0], [9.5]]), np.array(["a", "b", "a"])
+    mean_alone = np.array([1.0, -1.0, 1.0])
+    scores = probes.probe(x, x_test, {"group": (classes, test), "number": (x[:, 0], x_test[:, 0])})
+    assert scores["group"] == pytest.approx(1 / 3, abs=1e-5)
+    assert scores["number"] < 1e-3
+    unknowable = probes.probe(np.zeros((4, 1)), np.zeros((3, 1)), {"number": (classes == "a", mean_alone)})
+    assert unknowable["number"] == pytest.approx(1.0)
