@@ -14,7 +14,7 @@ import click
 
 from fairchem_scd.errors import ConfigError, DataError
 
-_COMMANDS = ("add", "check", "export", "import", "embed", "plot")
+_COMMANDS = ("add", "check", "export", "import", "embed", "plot", "compare")
 
 
 class _Commands(click.Group):
@@ -44,10 +44,10 @@ def main() -> None:
     """Before and after training with fairchem-scd.
 
     Before: `add` puts a denoising task into a config you have, `check` tries a config out. Training itself is
-    fairchem's: `fairchem --mode train --config-yml CONFIG` on fairchem 1.x, `fairchem -c CONFIG` on 2.x. After: `embed`
-    writes embeddings of structures, `plot` draws a run's curves. On fairchem 1.x alone, `export` makes a checkpoint
-    that fairchem loads without this package, and `import` reads checkpoints of other DeNS codes; on 2.x neither is
-    needed.
+    fairchem's: `fairchem --mode train --config-yml CONFIG` on fairchem 1.x, `fairchem -c CONFIG` on 2.x. After: `plot`
+    draws a run's curves, `compare` says whether a task helped, `embed` writes embeddings of structures. On fairchem 1.x
+    alone, `export` makes a checkpoint that fairchem loads without this package, and `import` reads checkpoints of other
+    DeNS codes; on 2.x neither is needed.
     """
     warnings.simplefilter("ignore", FutureWarning)  # of the host's, at every import
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

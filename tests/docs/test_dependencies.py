@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OWN = {"fairchem_scd", "tests", "benchmarks", "toy"}  # the last is the backbone of docs/adding-a-backbone.md
 # Declared for the host, which needs them and does not declare them or not these versions; pyproject.toml says why.
-FOR_THE_HOST = {1: {"scipy", "torch-sparse"}, 2: {"lmdb", "ase-db-backends"}}
+FOR_THE_HOST = {1: {"torch-sparse"}, 2: {"lmdb", "ase-db-backends"}}
 # Tools, which are run and not imported.
 TOOLS = {"ruff", "pytest-xdist"}
 # The package of a module that may not be installed, where its name is another than the module's.

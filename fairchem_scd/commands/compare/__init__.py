@@ -1,0 +1,50 @@
+"""`fairchem-scd compare`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("compare")
+@click.argument("runs", nargs=-1, required=True, metavar="NAME=RUN...")
+@click.option("--picture", type=click.Path(), metavar="OUT", help="Draw the errors too (.png, .pdf or .svg).")
+@click.option("--force", is_flag=True, help="Overwrite OUT.")
+def command(runs: tuple[str, ...], picture: str | None, force: bool) -> None:
+    """Say whether a task helped: compare the validation errors of runs with it and without it.
+
+    Runs of one NAME are runs of one config with other seeds; of each NAME give three and more. All others are compared
+    with the NAME that is given first. RUN is a folder with the log of one run, as for `plot`: on fairchem 1.x
+    logs/tensorboard/NAME, on 2.x a run's folder in job.run_dir, or a text file with its console output.
+
+    A run's error is the lowest that it had on validation, up to the last step that all runs have. The interval of a
+    change is that of Welch's t-test between the logarithms of the errors, with 95 % confidence. All runs must have
+    been validated on the same data; what a step costs is not in the comparison.
+
+    \b
+    Example:
+      fairchem-scd compare plain=logs/tensorboard/plain1 plain=logs/tensorboard/plain2 \\
+        dens=logs/tensorboard/dens1 dens=logs/tensorboard/dens2 --picture dens.png
+    """
+    from fairchem_scd.commands import pictures
+    from fairchem_scd.commands.compare import comparison
+    from fairchem_scd.host import installed_major
+
+    if picture is not None:
+        pictures.check_picture(picture, force=force)
+    folders = comparison.named(runs)
+    if installed_major() == 2:
+        from fairchem_scd.commands.fairchem2.training_log import find_run, read_curves
+    else:
+        from fairchem_scd.commands.plot.training_log import find_run, read_curves
+
+    arms = [
+        comparison.Arm(name, {folder: read_curves(find_run(folder)[1], (comparison.ENDING,)) for folder in of})
+        for name, of in folders.items()
+    ]
+    found = comparison.compare(arms)
+    click.echo(comparison.text(found))
+    if picture is not None:
+        from fairchem_scd.commands.compare import comparison_picture
+
+        pictures.save(comparison_picture.draw(found), picture, force=force)
+        click.echo(f"\n{picture}: {len(found.errors)} panels")
