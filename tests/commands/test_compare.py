@@ -42,31 +42,40 @@ def words(folder: Path, **ends: Sequence[float]) -> list[str]:
     ]
 
 
-def test_a_difference_is_said_with_the_interval_of_welchs_test(tmp_path):
+def test_a_difference_is_said_with_the_interval_of_a_test_of_pairs(tmp_path):
     plain, dens = (0.20, 0.21, 0.22), (0.17, 0.18, 0.19)
     output = fairchem_scd("compare", *words(tmp_path, plain=plain, dens=dens)).output
     lines = output.splitlines()
     assert lines[0] == "Lowest validation errors up to step 500 (± standard deviation over runs):"
-    assert lines[2].split("  ")[-2:] != lines[2]
     assert re.split(r"  +", lines[2]) == ["", "runs", "forces_mae, eV/Å", "energy_mae, eV"]
     assert re.split(r"  +", lines[3]) == ["plain", "3", "0.21 ± 0.01", "0.42 ± 0.02"]
     assert re.split(r"  +", lines[4]) == ["dens", "3", "0.18 ± 0.01", "0.36 ± 0.02"]
-    # By hand: Welch's interval of the difference of the logarithms' means.
-    a, b = np.log(dens), np.log(plain)
-    parts = a.var(ddof=1) / 3, b.var(ddof=1) / 3
-    error = sum(parts) ** 0.5
-    freedom = sum(parts) ** 2 / sum(part**2 / 2 for part in parts)
-    centre, half = a.mean() - b.mean(), stats.t.ppf(0.975, freedom) * error
-    low, high = (100 * np.expm1(centre + sign * half) for sign in (-1, 1))
-    said = f"{-100 * np.expm1(centre):.1f} % lower than plain (95 % interval {low:+.1f} to {high:+.1f} %)"
+    # By hand: the mean of the differences of logarithms, and t times its standard error.
+    differences = np.log(dens) - np.log(plain)
+    half = stats.t.ppf(0.975, 2) * differences.std(ddof=1) / 3**0.5
+    low, high = (100 * np.expm1(differences.mean() + sign * half) for sign in (-1, 1))
+    said = f"{-100 * np.expm1(differences.mean()):.1f} % lower than plain (95 % interval {low:+.1f} to {high:+.1f} %)"
     assert f"dens: forces_mae {said}" in lines
     assert f"dens: energy_mae {said}" in lines
     assert "denoising" not in output
     assert "forcesx" not in output
+    assert "not paired" not in output
+
+
+def test_without_pairs_the_interval_is_that_of_welchs_test(tmp_path):
+    plain, dens = (0.20, 0.21, 0.22), (0.17, 0.18)
+    output = fairchem_scd("compare", *words(tmp_path, plain=plain, dens=dens)).output
+    a, b = np.log(dens), np.log(plain)
+    parts = a.var(ddof=1) / 2, b.var(ddof=1) / 3
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 1 + parts[1] ** 2 / 2)
+    half = stats.t.ppf(0.975, freedom) * sum(parts) ** 0.5
+    low, high = (100 * np.expm1(a.mean() - b.mean() + sign * half) for sign in (-1, 1))
+    assert f"(95 % interval {low:+.1f} to {high:+.1f} %)" in output
+    assert "Numbers of runs differ, so runs are not paired by seed" in output
 
 
 def test_a_difference_within_the_spread_of_seeds_is_called_none(tmp_path):
-    output = fairchem_scd("compare", *words(tmp_path, plain=(0.20, 0.22), scd=(0.19, 0.22))).output
+    output = fairchem_scd("compare", *words(tmp_path, plain=(0.20, 0.22), scd=(0.19, 0.225))).output
     assert "scd: forces_mae: these runs show no difference from plain (95 % interval -" in output
 
 
@@ -97,8 +106,11 @@ def test_runs_are_compared_up_to_the_last_step_that_all_have(tmp_path):
     assert "Some runs are longer, up to step 500." in output
 
 
-def test_equal_errors_of_all_runs_have_an_interval_of_no_width():
-    assert Change.between([1.0, 1.0], [2.0, 2.0]) == Change(-0.5, (-0.5, -0.5))
+@pytest.mark.parametrize("first", [[2.0, 4.0], [2.0, 2.0, 2.0]])
+def test_changes_that_do_not_vary_have_an_interval_of_no_width(first):
+    change = Change.between([1.0, 2.0] if len(first) == 2 else [1.0, 1.0], first)
+    assert change == Change(-0.5, (-0.5, -0.5))
+    assert change.shown
 
 
 def test_the_picture_has_a_panel_for_each_error_and_a_line_for_each_run(tmp_path):

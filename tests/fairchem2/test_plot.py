@@ -1,4 +1,4 @@
-"""`fairchem-scd plot` on fairchem 2.x: what is drawn is what the run logged."""
+"""`fairchem-scd plot` and `compare` on fairchem 2.x: what is drawn and compared is what the run logged."""
 
 from __future__ import annotations
 
@@ -147,6 +147,16 @@ def test_errors_of_each_data_set_are_lines_of_their_own(tmp_path):
         assert forces[f"{name}, denoising"] == (forces[f"{name}, validation"][0], "--")
         assert losses[f"{name} forces, denoising"] == (losses[f"{name} forces"][0], "--")
     assert forces["oc20, denoising"][0] != forces["omat, denoising"][0]
+
+
+def test_runs_are_compared_by_their_console_output(tmp_path):
+    for name, change in (("plain", ""), ("dens", "0.2500")):
+        text = CONSOLE if not change else CONSOLE.replace(change, "0.2000")
+        (tmp_path / f"{name}.log").write_text(text)
+    output = fairchem_scd("compare", f"plain={tmp_path / 'plain.log'}", f"dens={tmp_path / 'dens.log'}").output
+    assert re.search(r"oc20_forces_mae, eV/Å +omat_forces_mae, eV/Å +oc20_energy_mae, eV\n", output)
+    assert "dens: oc20_forces_mae 20.0 % lower than plain (no interval)" in output
+    assert "dens: omat_forces_mae 0.0 % higher than plain (no interval)" in output
 
 
 def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path):

@@ -12,13 +12,16 @@ import click
 def command(runs: tuple[str, ...], picture: str | None, force: bool) -> None:
     """Say whether a task helped: compare the validation errors of runs with it and without it.
 
-    Runs of one NAME are runs of one config with other seeds; of each NAME give three and more. All others are compared
-    with the NAME that is given first. RUN is a folder with the log of one run, as for `plot`: on fairchem 1.x
-    logs/tensorboard/NAME, on 2.x a run's folder in job.run_dir, or a text file with its console output.
+    Runs of one NAME are runs of one config with other seeds; of each NAME give three and more, with the same seeds in
+    the same order. All others are compared with the NAME that is given first. RUN is a folder with the log of one run,
+    as for `plot`: on fairchem 1.x logs/tensorboard/NAME, on 2.x a run's folder in job.run_dir, or a text file with its
+    console output.
 
     A run's error is the lowest that it had on validation, up to the last step that all runs have. The interval of a
-    change is that of Welch's t-test between the logarithms of the errors, with 95 % confidence. All runs must have
-    been validated on the same data; what a step costs is not in the comparison.
+    change is that of a t-test of the errors' logarithms, with 95 % confidence. The nth run of one NAME is paired with
+    the nth of the other, since runs of one seed begin with equal weights and see equal batches; where the numbers of
+    runs differ, it is Welch's test, without pairs. All runs must have been validated on the same data. What a step
+    costs is not in the comparison.
 
     \b
     Example:

@@ -73,14 +73,19 @@ class Change:
 
     @classmethod
     def between(cls, errors: Sequence[float], first: Sequence[float]) -> Change:
-        """Of the errors of an arm's runs against those of the first arm's, by Welch's t-test of their logarithms."""
+        """Of the errors of an arm's runs against those of the first arm's, by a t-test of their logarithms.
+
+        Where there are equally many, the nth of one are paired with the nth of the other. Else it is Welch's test.
+        """
         value = geometric_mean(errors) / geometric_mean(first) - 1
         if min(len(errors), len(first)) < 2:
             return cls(value, None)
+        paired = len(errors) == len(first)
         logs, first_logs = np.log(errors), np.log(first)
-        if logs.std() == first_logs.std() == 0:  # the test is not defined
-            return cls(value, (value, value))
-        low, high = stats.ttest_ind(logs, first_logs, equal_var=False).confidence_interval(0.95)
+        if np.ptp(logs - first_logs if paired else [np.ptp(logs), np.ptp(first_logs), 0]) == 0:
+            return cls(value, (value, value))  # the test is not defined
+        test = stats.ttest_rel(logs, first_logs) if paired else stats.ttest_ind(logs, first_logs, equal_var=False)
+        low, high = test.confidence_interval(0.95)
         return cls(value, (math.expm1(low), math.expm1(high)))
 
     @property
@@ -94,7 +99,7 @@ class Error:
     """One validation error of all arms.
 
     Attributes:
-        name: such as `forces_mae`.
+        name: such as `forces_mae`, or `oc20_forces_mae` where data sets have outputs of their own.
         curves: by arm, a curve for each run, up to the last step that all runs have.
     """
 
@@ -104,7 +109,7 @@ class Error:
     @property
     def unit(self) -> str:
         """ "" where it is not known."""
-        return _UNITS.get(self.name.removesuffix(ENDING), "")
+        return _UNITS.get(self.name.removesuffix(ENDING).rpartition("_")[2], "")
 
     def lowest(self, arm: str) -> list[float]:
         """The lowest error of each run of an arm; above zero, so that errors have ratios."""
@@ -193,6 +198,8 @@ def text(found: Comparison) -> str:
         lines.append(
             f"Still falling in the last fifth of the steps: {', '.join(falling)}. Longer runs may come out otherwise."
         )
+    if len({count for count in found.arms.values() if count > 1}) > 1:
+        lines.append("Numbers of runs differ, so runs are not paired by seed: the intervals are wider than need be.")
     if found.longest > found.steps:
         lines.append(
             f"Some runs are longer, up to step {found.longest}. Where learning rates follow a schedule over a run's "
