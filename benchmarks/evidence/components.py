@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -132,10 +133,12 @@ def draw_components(found: Sequence[Group], path: Path) -> None:
     """Shares of the noise that the condition explains, against the number of atoms; mean over seeds."""
     forms = [form for form in ("embedding", "difference") if any(g.told == form for g in found)]
     kinds = sorted({(g.data, g.model) for g in found})
+    hues = dict(zip(sorted({g.data for g in found}), cycle(style.COLORS), strict=False))
+    shapes = dict(zip(kinds, cycle(style.MARKERS), strict=False))
     figure = style.new_figure(style.DOUBLE, 2.6)
     panels = figure.subplots(1, len(forms), sharey=True, squeeze=False)[0]
     for axes, form in zip(panels, forms, strict=True):
-        for i, (data, model) in enumerate(kinds):
+        for data, model in kinds:
             same = [g for g in found if (g.told, g.data, g.model) == (form, data, model)]
             sizes = sorted({float(g.atoms.mean()) for g in same})
             shares = [[100 * g.share.value for g in same if g.atoms.mean() == size] for size in sizes]
@@ -146,7 +149,9 @@ def draw_components(found: Sequence[Group], path: Path) -> None:
                 yerr=[np.mean(of) for of in errors],
                 capsize=2,
                 linestyle="none",
-                **{"color": style.COLORS[i], "marker": style.MARKERS[i], "label": f"{data}, {model}".replace("_", " ")},
+                color=hues[data],
+                marker=shapes[data, model],
+                label=f"{data}, {model}".replace("_", " "),
             )
         low, high = (of(float(g.atoms.mean()) for g in found) for of in (min, max))
         atoms = np.geomspace(low, high, 100)

@@ -208,12 +208,13 @@ lowers the noise error of plain denoising; of 1, that the second pass buys nothi
 LEVERS = """\
 ### Other forms of the condition
 
-Each differs from SCD as shipped in one thing. "Standardised": running mean and variance are taken out of c, in place of
-its LayerNorm. "Moments": half of the channels are pooled by their root mean square over the atoms. The ratio compares
-the same structures and noise, so its error is small: below 1, the form explains more. Only the difference form gains
-more than about 1 %, so no default was changed. Not tried: several vectors in place of one, pooling by element or by
-attention, gates of the features that rotate, a contrastive term, σ that falls during training, another learning rate of
-the condition's weights.
+Each differs from SCD as shipped in one thing (`benchmarks/evidence/forms.py`). "Standardised": running mean and
+variance are taken out of c, in place of its LayerNorm. "Moments": half of the channels are pooled by their root mean
+square over the atoms. "Update layers": PaiNN's feed-forward part. "Dropped by atom": a tenth of the atoms go without
+the condition, in place of a fifth of the structures. "Contrastive term": a third pass, told another structure's
+embedding, must do worse by 0.2 σ². "σ from large to small": σ begins at four times its value and falls for 500 steps.
+The ratio compares the same structures and noise, so its error is small: below 1, the form explains more. Only the
+difference form gains more than about 1 %, so no default was changed. Not tried: pooling by element.
 """
 PRETRAINING = """\
 ## What the condition carried in pre-training on real structures
