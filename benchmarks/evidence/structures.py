@@ -13,6 +13,7 @@ import ase.db
 import numpy as np
 from ase import Atoms
 from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
 from fairchem.core.common.registry import registry
 from fairchem.core.datasets.ase_datasets import AseDBDataset
 
@@ -55,7 +56,7 @@ def load(name: str, folder: Path | None) -> Splits:
     if name in databases.FILES:
         train, test = databases.read(name, folder)
     elif name == "slabs":
-        made = [atoms for atoms, _, _ in emt_slabs(sum(_SLABS), seed=0)]
+        made = [_labelled(atoms) for atoms, _, _ in emt_slabs(sum(_SLABS), seed=0)]
         train, test = made[: _SLABS[0]], made[_SLABS[0] :]
     elif name in CELLS:
         rng = np.random.default_rng(0)
@@ -63,6 +64,13 @@ def load(name: str, folder: Path | None) -> Splits:
     else:
         raise ValueError(f"unknown data {name!r}; known: {', '.join((*LABELLED, *UNLABELLED))}")
     return split(train, test)
+
+
+def _labelled(atoms: Atoms) -> Atoms:
+    """The same, with its energy and forces as a database keeps them."""
+    forces = atoms.get_forces(apply_constraint=False)
+    atoms.calc = SinglePointCalculator(atoms, energy=atoms.get_potential_energy(), forces=forces)
+    return atoms
 
 
 def split(known: list[Atoms], test: list[Atoms]) -> Splits:

@@ -9,6 +9,7 @@ from pathlib import Path
 import ase
 import numpy as np
 import pytest
+from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from fairchem.core.common.utils import setup_imports
 
@@ -111,6 +112,18 @@ def test_no_structure_is_in_two_splits() -> None:
     assert len(seen) == len(set(seen)) == 2400 + 128
     one, again = (structures.CELLS["two_atoms"].make(np.random.default_rng(0)) for _ in range(2))
     assert np.array_equal(one.positions, again.positions)
+
+
+def test_slabs_have_their_labels_in_a_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(structures, "_SLABS", (4, 2))
+    test = structures.load.__wrapped__("slabs", None).test
+    labels = {"r_energy": True, "r_forces": True}
+    rows = structures.KeptAseDB({"src": structures.write(test, tmp_path / "slabs.db"), "a2g_args": labels})
+    for i, atoms in enumerate(test):
+        atoms.calc = EMT()
+        assert rows[i].energy == pytest.approx(atoms.get_potential_energy())
+        np.testing.assert_allclose(rows[i].forces, atoms.get_forces(apply_constraint=False), atol=1e-5)
+        assert rows[i].fixed.sum() == 4
 
 
 def test_molecules_stand_in_cells_too_large_to_meet_their_images_and_keep_their_labels(tmp_path: Path) -> None:
