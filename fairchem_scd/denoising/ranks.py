@@ -9,13 +9,19 @@ from torch import distributed
 Mine = TypeVar("Mine")
 
 
+def number_of_ranks() -> int:
+    """How many ranks the run has; one without a process group."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if together else 1
+
+
 def gathered(mine: Mine) -> list[Mine]:
     """One object of each rank, in the ranks' order: on one rank, or without a process group, one's own alone.
 
     A collective call.
     """
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if number_of_ranks() == 1:
         return [mine]
-    found: list[Mine] = [mine] * distributed.get_world_size()
+    found: list[Mine] = [mine] * number_of_ranks()
     distributed.all_gather_object(found, mine)
     return found

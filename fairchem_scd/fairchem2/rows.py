@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fairchem_scd.denoising.adapter import Adapter
-from fairchem_scd.denoising.config_keys import key_of
+from fairchem_scd.denoising.data_faults import with_advice
 from fairchem_scd.denoising.periodic import check_spots, nearest_images
 from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.errors import ConfigError, DataError
@@ -119,11 +119,6 @@ class Guarded(Dataset):
         """The row's number in the data; the host's splits may be subsets of it."""
         indices = getattr(self.dataset, "indices", None)
         return index if indices is None else int(indices[index])
-
-
-def with_advice(line: str) -> str:
-    """What is wrong with a row, and what would let a run go on."""
-    return f"{line}. With {key_of('on_bad_data')}: skip such rows are left out"
 
 
 def guard(loader: Any, check: Callable[[AtomicData], None]) -> Sequence[Guarded]:

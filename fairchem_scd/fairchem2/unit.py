@@ -25,7 +25,7 @@ from fairchem_scd.denoising.random import stream
 from fairchem_scd.denoising.tasks import DenoisingTask, TaskDraw
 from fairchem_scd.fairchem2 import checkpoint, rows
 from fairchem_scd.fairchem2.batch import structures_of
-from fairchem_scd.fairchem2.data_faults import DataFaults
+from fairchem_scd.fairchem2.data_faults import TrainingFaults
 from fairchem_scd.fairchem2.finite import FiniteGradients
 from fairchem_scd.fairchem2.judging import JudgedValidation
 from fairchem_scd.fairchem2.loss import tasks_of
@@ -73,7 +73,7 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
             logging.warning(without_tasks(setup.settings))
             return
         self.draw_task = TaskDraw(setup.tasks, job_config.seed)
-        self._faults = DataFaults(skip=setup.settings.on_bad_data == "skip")
+        self._faults = TrainingFaults(skip=setup.settings.on_bad_data == "skip")
         self._finite = FiniteGradients(self.optimizer)
         self._printed, self._validated = Measured(), Measured()  # since the last line on the console; in validation
         self._judged: JudgedValidation | None = None
@@ -130,7 +130,7 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
         self._seed(number, "random numbers")
         task = self.draw_task(number)
         with block_called(KEY):  # not around the method: the host's loop looks at its signature
-            self._faults.note(data)
+            self._faults.note(data.get("bad_data", ()), data.get("no_good_row", ()))
             self._faults.tell_ranks(torch.device(get_device_for_local_rank()))
             step = Step() if task is None else self._corrupted(data, task, number, _progress(state, number))
             watched = self._finite.watched(number, self._faults.stop_if_told, self.ema_model)
@@ -166,7 +166,7 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
         super().on_train_end(state)
         if self.setup.tasks:
             self._finite.report()
-            self._faults.report(torch.device(get_device_for_local_rank()))
+            self._faults.report()
         if self.condition_report is not None and distutils.is_master():
             report = self.condition_report
             logging.info("%s\n%s", report.sentence(supervised=not self.setup.self_supervised), report.numbers())
@@ -186,7 +186,7 @@ class DenoisingTrainEvalUnit(MLIPTrainEvalUnit):
             super().eval_step(state, data)
             return
         with block_called(KEY):
-            self._faults.note(data)
+            self._faults.note(data.get("bad_data", ()), data.get("no_good_row", ()))
             if self.setup.self_supervised:
                 self._predict_noise(state, data)
                 return

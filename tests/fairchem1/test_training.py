@@ -251,7 +251,7 @@ def test_a_sample_of_very_large_data_stays_within_it():
 @pytest.fixture
 def _rows_without_stress(monkeypatch):
     """Their labels come with the batch."""
-    monkeypatch.setattr("fairchem_scd.fairchem1.trainer.data_faults.check_row", lambda row, **_: None)
+    monkeypatch.setattr("fairchem_scd.fairchem1.trainer.row_check.check_row", lambda row, **_: None)
 
 
 def with_a_second_energy(data, denoising):

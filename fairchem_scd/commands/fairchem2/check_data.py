@@ -16,10 +16,11 @@ from fairchem_scd.commands.check.report import Report
 from fairchem_scd.commands.check.rounds import say_condition, say_corruption
 from fairchem_scd.commands.fairchem2.embeddings import collated
 from fairchem_scd.denoising.config_keys import key_of
+from fairchem_scd.denoising.data_faults import with_advice
 from fairchem_scd.denoising.tasks import DenoisingTask
 from fairchem_scd.errors import DataError
 from fairchem_scd.fairchem2.batch import structures_of
-from fairchem_scd.fairchem2.rows import guard, row_check, with_advice
+from fairchem_scd.fairchem2.rows import guard, row_check
 from fairchem_scd.fairchem2.unit import DenoisingTrainEvalUnit
 
 _ROWS = 32

@@ -11,6 +11,7 @@ from fairchem.core.modules.evaluator import Evaluator
 from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
 from torch.nn.parallel import DistributedDataParallel
 
+from fairchem_scd.denoising.data_faults import DataFaults
 from fairchem_scd.denoising.quiet_heads import quieten
 from fairchem_scd.denoising.tasks import TaskDraw
 from fairchem_scd.errors import ConfigError
@@ -24,7 +25,7 @@ from fairchem_scd.fairchem1.data.guarded import Guarded
 from fairchem_scd.fairchem1.data.numbered import Numbered, named, needs_numbers, repeated_name
 from fairchem_scd.fairchem1.data.sources import check_source
 from fairchem_scd.fairchem1.hydra import freeze
-from fairchem_scd.fairchem1.trainer.data_faults import DataFaults, row_check
+from fairchem_scd.fairchem1.trainer.row_check import row_check
 
 
 class SetupMixin:

@@ -14,6 +14,7 @@ from fairchem.core.modules.evaluator import mae
 from torch import Tensor
 
 import fairchem_scd.fairchem1.trainer.losses as losses
+from fairchem_scd.denoising.data_faults import DataFaults
 from fairchem_scd.denoising.loss import Ranks
 from fairchem_scd.denoising.parse_settings import Denoising
 from fairchem_scd.denoising.plan import EMBEDDING, NOISE, VALIDATION, Plan
@@ -23,7 +24,6 @@ from fairchem_scd.fairchem1.backbones import adapter_for
 from fairchem_scd.fairchem1.config import outputs_of_heads_named
 from fairchem_scd.fairchem1.data import rows as data_rows
 from fairchem_scd.fairchem1.hydra import view_of, with_plan
-from fairchem_scd.fairchem1.trainer.data_faults import DataFaults
 from fairchem_scd.fairchem1.trainer.losses import loss_functions_replaced
 from fairchem_scd.fairchem1.trainer.step_state import DenoisingStep, StepState
 
@@ -84,7 +84,7 @@ class StepMixin:
     def _begin(self, batch: Any) -> StepState:
         if not self.model.training and not self._validating:
             return StepState()
-        self.data_faults.note(batch)
+        self.data_faults.note(getattr(batch, "bad_data", ()))
         if self.model.training:
             if self.denoising.drop_path is not None:
                 adapter_for(self._unwrapped_model.backbone).set_drop_path(self.denoising.drop_path.rate(self.step))
@@ -143,7 +143,7 @@ class StepMixin:
             loss = super()._compute_loss(out, batch)
         if isinstance(step, DenoisingStep) and not step.noise_for_forces:
             loss = loss + losses.noise_term(step, ranks)
-        if training:
+        if training and not self.data_faults.skip:
             step.ranks_affected = self.data_faults.ranks_affected(self.device)
         return loss
 

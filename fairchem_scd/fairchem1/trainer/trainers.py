@@ -2,7 +2,7 @@
 
 The loop, the loaders, the optimiser and everything distributed are the host's. What this package adds stands in
 `setup` (before the first step), `step` (one step), `judging` (what SCD's condition is worth, in validation),
-`data_faults` (bad rows) and `resume` (stopping and going on).
+`row_check` (which rows are bad) and `resume` (stopping and going on).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DenoisingMixin(JudgingMixin, StepMixin, SetupMixin, ResumableMixin):
         left_out = distutils.all_reduce(self.structures_left_out, device=self.device)
         if left_out:
             logging.warning("%d structures had nothing to denoise and were left out of the denoising loss", left_out)
-        self.data_faults.report(self.device)
+        self.data_faults.report()
         if self.condition_report is not None and distutils.is_master():
             report = self.condition_report
             logging.info("%s\n%s", report.sentence(supervised=not self.self_supervised), report.numbers())
