@@ -150,13 +150,21 @@ def test_errors_of_each_data_set_are_lines_of_their_own(tmp_path):
 
 
 def test_runs_are_compared_by_their_console_output(tmp_path):
-    for name, change in (("plain", ""), ("dens", "0.2500")):
-        text = CONSOLE if not change else CONSOLE.replace(change, "0.2000")
+    """Only runs with a task log after how many steps they were validated; for others it is taken from what is near."""
+    plain = CONSOLE.replace("INFO:root:Validation after 18 steps\n", "")
+    dens = CONSOLE.replace("0.2500", "0.2000")
+    for name, text in (("plain", plain), ("dens", dens)):
         (tmp_path / f"{name}.log").write_text(text)
     output = fairchem_scd("compare", f"plain={tmp_path / 'plain.log'}", f"dens={tmp_path / 'dens.log'}").output
-    assert re.search(r"oc20_forces_mae, eV/Å +omat_forces_mae, eV/Å +oc20_energy_mae, eV\n", output)
-    assert "dens: oc20_forces_mae 20.0 % lower than plain (no interval)" in output
-    assert "dens: omat_forces_mae 0.0 % higher than plain (no interval)" in output
+    assert re.search(r"oc20_forces_mae \(eV/Å\) +omat_forces_mae \(eV/Å\) +oc20_energy_mae \(eV\)\n", output)
+    assert "dens: oc20_forces_mae 20.0 % lower than plain (no interval: one run)" in output
+    assert "dens: omat_forces_mae equal to plain (no interval: one run)" in output
+
+
+def test_energies_per_atom_are_errors_too(tmp_path):
+    text = CONSOLE.replace("oc20_energy,mae", "oc20_energy,per_atom_mae")
+    (tmp_path / "run.log").write_text(text)
+    assert read_curves([tmp_path / "run.log"], ("_mae",))["val/oc20_energy_per_atom_mae"].values.tolist() == [1.5]
 
 
 def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path):

@@ -7,26 +7,32 @@ import click
 
 @click.command("compare")
 @click.argument("runs", nargs=-1, required=True, metavar="NAME=RUN...")
+@click.option(
+    "--at",
+    type=click.Choice(["best", "last"]),
+    default="best",
+    show_default=True,
+    help="Which validation counts for a run: that with the lowest force error, or the last.",
+)
 @click.option("--picture", type=click.Path(), metavar="OUT", help="Draw the errors too (.png, .pdf or .svg).")
 @click.option("--force", is_flag=True, help="Overwrite OUT.")
-def command(runs: tuple[str, ...], picture: str | None, force: bool) -> None:
+def command(runs: tuple[str, ...], at: str, picture: str | None, force: bool) -> None:
     """Say whether a task helped: compare the validation errors of runs with it and without it.
 
     Runs of one NAME are runs of one config with other seeds; of each NAME give three and more, with the same seeds in
     the same order. All others are compared with the NAME that is given first. RUN is a folder with the log of one run,
     as for `plot`: on fairchem 1.x logs/tensorboard/NAME, on 2.x a run's folder in job.run_dir, or a text file with its
-    console output.
+    console output. A * in RUN, in quotes, stands for several, in the order of their names.
 
-    A run's error is the lowest that it had on validation, up to the last step that all runs have. The interval of a
-    change is that of a t-test of the errors' logarithms, with 95 % confidence. The nth run of one NAME is paired with
-    the nth of the other, since runs of one seed begin with equal weights and see equal batches; where the numbers of
-    runs differ, it is Welch's test, without pairs. All runs must have been validated on the same data. What a step
-    costs is not in the comparison.
+    By default the errors of a run are those of the validation with its lowest force error (without forces, the lowest
+    energy). The interval of a change is that of a t-test of the errors' logarithms, with 95 % confidence. The nth run
+    of one NAME is paired with the nth of the other; where the numbers of runs differ, it is Welch's test, without
+    pairs. Train all runs equally long, and validate them on the same data and equally often. What a step costs is not
+    in the comparison.
 
     \b
     Example:
-      fairchem-scd compare plain=logs/tensorboard/plain1 plain=logs/tensorboard/plain2 \\
-        dens=logs/tensorboard/dens1 dens=logs/tensorboard/dens2 --picture dens.png
+      fairchem-scd compare 'plain=logs/tensorboard/plain*' 'dens=logs/tensorboard/dens*' --picture dens.png
     """
     from fairchem_scd.commands import pictures
     from fairchem_scd.commands.compare import comparison
@@ -40,14 +46,10 @@ def command(runs: tuple[str, ...], picture: str | None, force: bool) -> None:
     else:
         from fairchem_scd.commands.plot.training_log import find_run, read_curves
 
-    arms = [
-        comparison.Arm(name, {folder: read_curves(find_run(folder)[1], (comparison.ENDING,)) for folder in of})
-        for name, of in folders.items()
-    ]
-    found = comparison.compare(arms)
+    found = comparison.compare(comparison.read(folders, find_run, read_curves), at)
     click.echo(comparison.text(found))
     if picture is not None:
         from fairchem_scd.commands.compare import comparison_picture
 
         pictures.save(comparison_picture.draw(found), picture, force=force)
-        click.echo(f"\n{picture}: {len(found.errors)} panels")
+        click.echo(f"\n{picture}: the errors against the training step")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from glob import glob, has_magic
 from pathlib import Path
 from statistics import geometric_mean, mean, stdev
+from typing import Literal
 
 import numpy as np
 from scipy import stats
@@ -17,28 +20,37 @@ from fairchem_scd.errors import ConfigError
 
 ENDING = "_mae"
 _PREFIX = "val/"
-_UNITS = {"energy": "eV", "forces": "eV/Å", "stress": "eV/Å³"}
+_UNITS = {"energy": "eV", "forces": "eV/Å", "stress": "eV/Å³", "atom": "eV"}
 _FALLING = 0.02
-"""Errors that fell by this share in the last fifth of the runs had not come to an end."""
+"""Errors that fell by this share in the last fifth of the training had not come to an end."""
+
+_ALIKE = 0.1
+"""Lengths of runs, and numbers of their validations, that differ by this share are told apart."""
+
+_FEW = 5
+"""With fewer validations than this nothing is said of the last fifth."""
+
+_WIDTH = 110
+
+At = Literal["best", "last"]
+"""The validation whose errors count for a run: that with the lowest first error, or the last."""
 
 
-def named(runs: Sequence[str]) -> dict[str, list[str]]:
-    """Folders of runs by the name of their arm, from words such as `plain=FOLDER`.
+def named(words: Sequence[str]) -> dict[str, list[str]]:
+    """Folders of runs by their name, from words such as `plain=FOLDER`; `*` in a folder stands for several, in order.
 
     Raises:
-        ConfigError: a word is not of this kind, a folder is given twice, or there are fewer than two names.
+        ConfigError: a word is not of this kind, there is no such folder, or there are fewer than two names.
     """
     folders: dict[str, list[str]] = {}
-    given: dict[Path, str] = {}
-    for run in runs:
-        name, equals, folder = run.partition("=")
+    for word in words:
+        name, equals, folder = word.partition("=")
         if not (name and equals and folder):
-            raise ConfigError(f"{run}: give each run as NAME=RUN, such as plain=logs/tensorboard/my_run")
-        path = Path(folder).resolve()
-        if path in given:
-            raise ConfigError(f"{run}: the run is given twice, as {given[path]} too")
-        given[path] = run
-        folders.setdefault(name, []).append(folder)
+            raise ConfigError(f"{word}: give each run as NAME=RUN, such as plain=logs/tensorboard/my_run")
+        found = sorted(glob(folder)) if has_magic(folder) and not Path(folder).exists() else [folder]
+        if not found:
+            raise ConfigError(f"{word}: there is nothing of this name")
+        folders.setdefault(name, []).extend(found)
     if len(folders) < 2:
         raise ConfigError(
             f"all runs have the name '{next(iter(folders))}'; give runs of two names, the one to compare with first"
@@ -47,25 +59,55 @@ def named(runs: Sequence[str]) -> dict[str, list[str]]:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """Runs of one config that differ in their seed.
+class Run:
+    """A run.
 
     Attributes:
-        name: that the user gave it.
-        runs: by folder, a run's curves by tag, such as `val/forces_mae`.
+        label: its name in what is printed.
+        curves: by tag, such as `val/forces_mae`.
     """
 
-    name: str
-    runs: Mapping[str, Mapping[str, Curve]]
+    label: str
+    curves: Mapping[str, Curve]
+
+
+def read(
+    folders: Mapping[str, Sequence[str]],
+    find_run: Callable[..., tuple[str, list[Path]]],
+    read_curves: Callable[[Sequence[Path], tuple[str, ...]], dict[str, Curve]],
+) -> dict[str, list[Run]]:
+    """The runs in some folders, by the name of their config.
+
+    Args:
+        folders: see `named`.
+        find_run, read_curves: of the installed host's training_log.
+
+    Raises:
+        ConfigError: a folder has no run or several, or two have the same.
+    """
+    short = [Path(folder).resolve().name for of in folders.values() for folder in of]
+    seen: dict[Path, str] = {}
+    runs: dict[str, list[Run]] = {}
+    for name, of in folders.items():
+        for folder in of:
+            _, files = find_run(folder, several="give the folder of one of them:")
+            for path in files:
+                if path.resolve() in seen:
+                    raise ConfigError(f"{name}={folder}: is the run of {seen[path.resolve()]}; give each run once")
+            seen |= {path.resolve(): f"{name}={folder}" for path in files}
+            label = Path(folder).resolve().name
+            label = label if short.count(label) == 1 else folder
+            runs.setdefault(name, []).append(Run(label, read_curves(files, (ENDING,))))
+    return runs
 
 
 @dataclass(frozen=True)
 class Change:
-    """By which share an arm's error differs from the first arm's; below zero it is lower.
+    """By which share a config's error differs from the first config's; below zero it is lower.
 
     Attributes:
         value: ratio of the geometric means, minus one.
-        interval: of 95 % confidence; None: one of the two arms has one run alone.
+        interval: of 95 % confidence; None: one of the two has one run alone.
     """
 
     value: float
@@ -73,7 +115,7 @@ class Change:
 
     @classmethod
     def between(cls, errors: Sequence[float], first: Sequence[float]) -> Change:
-        """Of the errors of an arm's runs against those of the first arm's, by a t-test of their logarithms.
+        """Of the errors of a config's runs against those of the first's, by a t-test of their logarithms.
 
         Where there are equally many, the nth of one are paired with the nth of the other. Else it is Welch's test.
         """
@@ -82,159 +124,235 @@ class Change:
             return cls(value, None)
         paired = len(errors) == len(first)
         logs, first_logs = np.log(errors), np.log(first)
-        if np.ptp(logs - first_logs if paired else [np.ptp(logs), np.ptp(first_logs), 0]) == 0:
+        if max(map(np.ptp, [logs - first_logs] if paired else [logs, first_logs])) < 1e-9:
             return cls(value, (value, value))  # the test is not defined
         test = stats.ttest_rel(logs, first_logs) if paired else stats.ttest_ind(logs, first_logs, equal_var=False)
         low, high = test.confidence_interval(0.95)
-        return cls(value, (math.expm1(low), math.expm1(high)))
+        return cls(value, (_minus_one(low), _minus_one(high)))
 
     @property
-    def shown(self) -> bool:
+    def sure(self) -> bool:
         """Whether the interval leaves out zero."""
         return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
 
 @dataclass(frozen=True)
 class Error:
-    """One validation error of all arms.
+    """One validation error of all runs.
 
     Attributes:
         name: such as `forces_mae`, or `oc20_forces_mae` where data sets have outputs of their own.
-        curves: by arm, a curve for each run, up to the last step that all runs have.
+        curves: by config, a curve for each run.
+        values: by config, the error that counts for each run; above zero.
     """
 
     name: str
     curves: dict[str, list[Curve]]
+    values: dict[str, list[float]]
 
     @property
-    def unit(self) -> str:
-        """ "" where it is not known."""
-        return _UNITS.get(self.name.removesuffix(ENDING).rpartition("_")[2], "")
+    def heading(self) -> str:
+        """The name, with the unit where it is known."""
+        unit = _UNITS.get(self.name.removesuffix(ENDING).rpartition("_")[2])
+        return self.name if unit is None else f"{self.name} ({unit})"
 
-    def lowest(self, arm: str) -> list[float]:
-        """The lowest error of each run of an arm; above zero, so that errors have ratios."""
-        return [max(float(np.nanmin(curve.values)), 1e-12) for curve in self.curves[arm]]
+    def change(self, config: str) -> Change:
+        """A config's change against the first one."""
+        return Change.between(self.values[config], self.values[next(iter(self.values))])
 
-    def change(self, arm: str) -> Change:
-        """An arm's change against the first arm."""
-        return Change.between(self.lowest(arm), self.lowest(next(iter(self.curves))))
-
-    def fell(self, arm: str) -> float:
-        """By which share the lowest error of an arm's runs fell in the last fifth of the steps, in the mean.
-
-        NaN where a run was not validated before that.
-        """
+    def fell(self, config: str) -> float:
+        """By which share the lowest error of a config's runs fell in the last fifth of their steps, in the mean."""
         shares = []
-        for curve, lowest in zip(self.curves[arm], self.lowest(arm), strict=True):
+        for curve in self.curves[config]:
             before = curve.values[curve.steps <= 0.8 * curve.steps[-1]]
-            shares.append(1 - lowest / float(np.nanmin(before)) if np.isfinite(before).any() else math.nan)
+            lowest, earlier = (np.nanmin(values, initial=np.inf) for values in (curve.values, before))
+            shares.append(1 - lowest / earlier if 0 < earlier < np.inf else math.nan)
         return mean(shares)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms and what their runs were validated by.
+    """Runs of several configs and what they were validated by.
 
     Attributes:
-        arms: by name, the number of runs; the first is what others are compared with.
-        steps: the last step that all runs have.
-        longest: the last step of any run.
-        errors: those that all runs have.
+        runs: by config; the first is what others are compared with.
+        at: which validation counts.
+        errors: those that all runs have, the one that chooses the best validation first.
+        notes: what a reader must know of the runs.
     """
 
-    arms: dict[str, int]
-    steps: int
-    longest: int
+    runs: dict[str, list[Run]]
+    at: At
     errors: list[Error]
+    notes: list[str]
 
 
-def compare(arms: Sequence[Arm]) -> Comparison:
+def compare(runs: dict[str, list[Run]], at: At = "best") -> Comparison:
     """Compare runs by the validation errors that all of them have, those of corrupted structures left out.
 
+    Args:
+        runs: of each config, which differ in their seed.
+        at: which validation counts for a run. "best": that with the lowest force error, where there are no forces the
+            lowest energy or whatever comes first.
+
     Raises:
-        ConfigError: the runs have no such error, or one of them was not validated by the last step of another.
+        ConfigError: the runs have no such error in common, or one of a run's is not a number at any validation.
     """
-    every = {folder: curves for arm in arms for folder, curves in arm.runs.items()}
-    validated = {folder: [tag for tag in curves if _counts(tag)] for folder, curves in every.items()}
-    for folder, tags in validated.items():
-        if not tags:
-            raise ConfigError(f"{folder}: no validation errors in its log, such as val/forces_mae")
-    shared = set.intersection(*map(set, validated.values()))
+    every = [run for of in runs.values() for run in of]
+    for run in every:
+        if not any(map(_counts, run.curves)):
+            raise ConfigError(f"{run.label}: no validation errors in its log, such as val/forces_mae")
+    found = sorted({tag for run in every for tag in run.curves if _counts(tag)}, key=_order)
+    shared = [tag for tag in found if all(tag in run.curves for run in every)]
     if not shared:
-        listed = "; ".join(f"{folder} has {', '.join(sorted(tags))}" for folder, tags in validated.items())
+        listed = "; ".join(f"{r.label} has {', '.join(t for t in found if t in r.curves)}" for r in every)
         raise ConfigError(f"the runs have no validation error in common: {listed}")
-    last = {folder: int(curves[min(shared)].steps[-1]) for folder, curves in every.items()}
-    steps = min(last.values())
+    for run in every:
+        for tag in shared:
+            if not np.isfinite(run.curves[tag].values).any():
+                raise ConfigError(f"{run.label}: {tag} is not a number at any validation; leave this run out")
+    notes = [*_notes_on_lengths(runs, shared[0]), *_notes_on_numbers(every, shared)]
+    notes += [
+        f"Left out: {tag.removeprefix(_PREFIX)}, which {_some([r.label for r in every if tag not in r.curves])} lacks."
+        for tag in found
+        if tag not in shared
+    ]
     errors = []
-    for tag in sorted(shared, key=_order):
-        curves = {arm.name: [_until(run[tag], steps, folder) for folder, run in arm.runs.items()] for arm in arms}
-        errors.append(Error(tag.removeprefix(_PREFIX), curves))
-    return Comparison({arm.name: len(arm.runs) for arm in arms}, steps, max(last.values()), errors)
+    for tag in shared:
+        values = {config: [_value(run, tag, shared[0], at) for run in of] for config, of in runs.items()}
+        name = tag.removeprefix(_PREFIX)
+        if min(map(min, values.values())) > 0:
+            errors.append(Error(name, {config: [run.curves[tag] for run in of] for config, of in runs.items()}, values))
+        else:
+            notes.append(f"Left out: {name}, which is zero, or not there, where a run's errors are read.")
+    return Comparison(runs, at, errors, notes)
 
 
 def text(found: Comparison) -> str:
     """A comparison as a table and sentences."""
-    first, *others = found.arms
-    heads = ["", "runs", *(f"{e.name}{f', {e.unit}' if e.unit else ''}" for e in found.errors)]
-    rows = [[arm, str(count), *(_spread(e.lowest(arm)) for e in found.errors)] for arm, count in found.arms.items()]
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = [f"Lowest validation errors up to step {found.steps} (± standard deviation over runs):", ""]
-    lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (heads, *rows)]
-    lines.append("")
-    lines += [_sentence(e, arm, first) for arm in others for e in found.errors]
-    alone = [arm for arm, count in found.arms.items() if count < 2]
-    if alone:
-        lines.append(
-            f"One run alone of {', '.join(alone)}: how much errors differ from seed to seed is not known. Train each "
-            "config with three seeds."
-        )
-    falling = [
-        f"{e.name} of {arm} by {100 * e.fell(arm):.0f} %"
-        for e in found.errors
-        for arm in found.arms
-        if e.fell(arm) > _FALLING
+    first, *others = found.runs
+    chosen = "of the last validation" if found.at == "last" else f"where {found.errors[0].name} was lowest"
+    heads = ["", "runs", "last step", *(e.heading for e in found.errors)]
+    rows = [
+        [name, str(len(of)), _steps(of, found.errors[0]), *(_spread(e.values[name]) for e in found.errors)]
+        for name, of in found.runs.items()
     ]
-    if falling:
-        lines.append(
-            f"Still falling in the last fifth of the steps: {', '.join(falling)}. Longer runs may come out otherwise."
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = [f"Validation errors {chosen} (mean ± standard deviation over runs):", ""]
+    lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (heads, *rows)]
+    sentences = found.notes + [_sentence(e, name, first) for name in others for e in found.errors]
+    for name in others:
+        if len(found.runs[name]) == len(found.runs[first]) > 1:
+            pairs = zip(found.runs[first], found.runs[name], strict=True)
+            sentences.append(f"Paired, in the order given: {', '.join(f'{a.label} – {b.label}' for a, b in pairs)}.")
+    few = [f"{name} ({len(of)})" for name, of in found.runs.items() if len(of) < 3]
+    if few:
+        sentences.append(
+            f"Fewer than three runs of {', '.join(few)}. Errors differ from seed to seed; with three or more runs of "
+            "each config the interval says how much may be chance."
         )
-    if len({count for count in found.arms.values() if count > 1}) > 1:
-        lines.append("Numbers of runs differ, so runs are not paired by seed: the intervals are wider than need be.")
-    if found.longest > found.steps:
-        lines.append(
-            f"Some runs are longer, up to step {found.longest}. Where learning rates follow a schedule over a run's "
-            "length, runs of one length alone can be compared."
+    if len(others) * len(found.errors) > 2:
+        sentences.append(
+            "There are several comparisons here. Of twenty without any difference, one has an interval without zero."
         )
-    return "\n".join(lines)
+    sentences += _notes_on_the_end(found)
+    wrapped = [textwrap.fill(s, _WIDTH, subsequent_indent="  ", break_on_hyphens=False) for s in sentences]
+    return "\n".join([*lines, "", *wrapped])
 
 
 def _counts(tag: str) -> bool:
     """Whether a tag is of an error of the config's outputs: not of noise, nor of one component of the forces."""
-    return bool(re.fullmatch(r"val/(?!.*denoising)(?!forces[xyz]_)\w+_mae", tag))
+    return bool(re.fullmatch(r"val/(?!.*denoising)(?!forces[xyz]_)[\w-]+_mae", tag))
 
 
 def _order(tag: str) -> tuple[bool, bool, str]:
     return "forces" not in tag, "energy" not in tag, tag
 
 
-def _until(curve: Curve, steps: int, folder: str) -> Curve:
-    rows = curve.steps <= steps
-    if not np.isfinite(curve.values[rows]).any():
-        raise ConfigError(f"{folder}: no validation up to step {steps}, where the shortest run ends")
-    return Curve(curve.steps[rows], curve.values[rows])
+def _value(run: Run, tag: str, first: str, at: At) -> float:
+    """The error that counts; -1 where the run has none at that validation."""
+    chooser, curve = run.curves[first], run.curves[tag]
+    finite = np.isfinite(chooser.values)
+    steps, values = chooser.steps[finite], chooser.values[finite]
+    step = steps[-1] if at == "last" else steps[np.argmin(values)]
+    at_step = curve.values[curve.steps == step]
+    return float(at_step[0]) if len(at_step) and np.isfinite(at_step[0]) else -1.0
 
 
-def _spread(errors: Sequence[float]) -> str:
-    return f"{mean(errors):.4g}" + (f" ± {stdev(errors):.2g}" if len(errors) > 1 else "")
+def _notes_on_lengths(runs: Mapping[str, list[Run]], tag: str) -> list[str]:
+    """What differs between the runs so much that their errors may differ by it alone."""
+    notes = []
+    last = {run.label: int(run.curves[tag].steps[-1]) for of in runs.values() for run in of}
+    if min(last.values()) < (1 - _ALIKE) * max(last.values()):
+        short, long = min(last, key=last.__getitem__), max(last, key=last.__getitem__)
+        notes.append(
+            f"The runs are not equally long: {short} ends at step {last[short]}, {long} at step {last[long]}. Each is "
+            "taken to its own end. If a run was stopped early, its error is not that of a whole training."
+        )
+    often = {run.label: len(run.curves[tag].steps) for of in runs.values() for run in of}
+    if min(often.values()) < (1 - _ALIKE) * max(often.values()):
+        rare, frequent = min(often, key=often.__getitem__), max(often, key=often.__getitem__)
+        notes.append(
+            f"{rare} was validated {often[rare]} times and {frequent} {often[frequent]} times. The best of more "
+            "validations is lower by chance; `--at last` compares the last ones."
+        )
+    return notes
 
 
-def _sentence(error: Error, arm: str, first: str) -> str:
-    change = error.change(arm)
-    size = f"{abs(100 * change.value):.1f} %"
+def _notes_on_numbers(every: Sequence[Run], tags: Sequence[str]) -> list[str]:
+    """Where errors are not numbers."""
+    found = []
+    for run in every:
+        for tag in tags:
+            steps = run.curves[tag].steps[~np.isfinite(run.curves[tag].values)]
+            if len(steps):
+                found.append(f"{run.label}: {tag.removeprefix(_PREFIX)} is not a number at step {steps[0]}.")
+    return found
+
+
+def _notes_on_the_end(found: Comparison) -> list[str]:
+    """Whether the training was long enough to tell."""
+    often = min(len(curve.steps) for e in found.errors for curves in e.curves.values() for curve in curves)
+    if often < _FEW:
+        times = "once" if often == 1 else f"{often} times"
+        return [f"A run was validated only {times}, so whether errors were still falling is not known."]
+    fell = {(e.name, name): e.fell(name) for e in found.errors for name in found.runs}
+    falling = [f"{e} of {name} by {100 * share:.0f} %" for (e, name), share in fell.items() if share > _FALLING]
+    if not falling:
+        return []
+    return [
+        f"Still falling in the last fifth of the training: {', '.join(falling)}. Longer runs may change the result."
+    ]
+
+
+def _sentence(error: Error, name: str, first: str) -> str:
+    change = error.change(name)
     where = "lower" if change.value < 0 else "higher"
+    said = f"{_percent(abs(change.value))} {where} than {first}" if abs(change.value) >= 5e-4 else f"equal to {first}"
     if change.interval is None:
-        return f"{arm}: {error.name} {size} {where} than {first} (no interval)"
-    interval = f"95 % interval {100 * change.interval[0]:+.1f} to {100 * change.interval[1]:+.1f} %"
-    if change.shown:
-        return f"{arm}: {error.name} {size} {where} than {first} ({interval})"
-    return f"{arm}: {error.name}: these runs show no difference from {first} ({interval})"
+        return f"{name}: {error.name} {said} (no interval: one run)"
+    low, high = (("-" if end < 0 else "+") + _percent(abs(end)) for end in change.interval)
+    doubt = "" if change.sure or change.value == 0 else ": may be chance, more seeds can tell"
+    return f"{name}: {error.name} {said} (95 % interval {low} to {high}){doubt}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share < 10 else "over 1000 %"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.4g}" + (f" ± {stdev(values):#.2g}" if len(values) > 1 else "")
+
+
+def _steps(runs: Sequence[Run], error: Error) -> str:
+    last = sorted({int(run.curves[_PREFIX + error.name].steps[-1]) for run in runs})
+    return str(last[0]) if len(last) == 1 else f"{last[0]} to {last[-1]}"
+
+
+def _some(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
+
+
+def _minus_one(log: float) -> float:
+    """exp(log) − 1, or infinity."""
+    return math.expm1(log) if log < 700 else math.inf

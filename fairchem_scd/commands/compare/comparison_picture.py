@@ -3,43 +3,59 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from fairchem_scd.commands import pictures
 from fairchem_scd.commands.compare.comparison import Comparison
 
+_MARKED = 30
+"""Curves of fewer points have markers: that of a run is the same in all panels, so that an odd seed can be found."""
+
 
 def draw(found: Comparison) -> Figure:
-    """A panel for each error; a line for each run."""
+    """A panel for each error; a colour and line for each config, a marker for each run of it."""
     with pictures.printed():
-        columns = 2 if len(found.errors) == 4 else min(len(found.errors), 3)
-        rows = math.ceil(len(found.errors) / columns)
-        width = pictures.SINGLE if columns == 1 else pictures.DOUBLE
-        figure = pictures.new_figure(width, 2.4 * rows)
+        count = len(found.errors)
+        columns = 2 if count == 4 else min(count, 3)
+        rows = math.ceil(count / columns)
+        figure = pictures.new_figure(pictures.SINGLE if columns == 1 else pictures.DOUBLE, 2.4 * rows)
         panels = [*figure.subplots(rows, columns, squeeze=False).flat]
         for axes, error in zip(panels, found.errors, strict=False):
-            for i, (arm, curves) in enumerate(error.curves.items()):
-                i %= len(pictures.LINES)
-                for number, curve in enumerate(curves):
+            styles = zip(cycle(pictures.COLORS), cycle(pictures.LINES), strict=False)
+            for (name, curves), (color, line) in zip(error.curves.items(), styles, strict=False):
+                for number, (curve, marker) in enumerate(zip(curves, cycle(pictures.MARKERS), strict=False)):
                     axes.plot(
                         curve.steps,
                         curve.values,
-                        color=pictures.COLORS[i],
-                        linestyle=pictures.LINES[i],
-                        marker=pictures.MARKERS[i] if len(curve.steps) < 30 else "",
+                        color=color,
+                        linestyle=line,
+                        marker=marker if len(curve.steps) < _MARKED else "",
                         linewidth=0.9,
                         markersize=2.5,
-                        label=arm if number == 0 else None,
+                        label=name if number == 0 else None,
                     )
-            axes.set(xlabel="training step", ylabel=error.name + (f" ({error.unit})" if error.unit else ""))
-            axes.set_yscale("log")
+            _scale(axes, np.concatenate([curve.values for curves in error.curves.values() for curve in curves]))
+            axes.set(xlabel="training step", ylabel=error.heading)
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        for axes in panels[count:]:
+            axes.set_visible(False)
+        panels[0].legend()
+        return figure
+
+
+def _scale(axes: Axes, values: np.ndarray) -> None:
+    """A logarithmic scale where errors differ much, with ticks that can be read."""
+    values = values[np.isfinite(values) & (values > 0)]
+    span = values.max() / values.min()
+    if span > 3:
+        axes.set_yscale("log")
+        if span < 100:
+            # Powers of ten alone would be one tick or two.
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(ScalarFormatter())
             axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        for axes in panels[len(found.errors) :]:
-            axes.set_visible(False)
-        figure.axes[0].legend()
-        return figure

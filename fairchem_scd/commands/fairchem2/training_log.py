@@ -22,7 +22,7 @@ from fairchem_scd.errors import ConfigError
 _CONSOLE = ("*.log", "*.out", "*.err", "*.txt")
 _HEADER, _BLOCK = 7, 2**15
 _WHOLE, _FIRST, _LAST = 1, 2, 4  # kinds of a record's parts; those in the middle are 3
-_VALIDATION = re.compile(r"val/(?P<dataset>[^,]+)\.[^,.]+,(?P<task>[^,]+),mae")
+_VALIDATION = re.compile(r"val/(?P<dataset>[^,]+)\.[^,.]+,(?P<task>[^,]+),(?P<metric>(?:per_atom_)?mae)")
 _LOGGED = re.compile(r"\{'(?P<split>train|val)/.*\}")
 _STEPS_DONE = re.compile(r"Validation after (\d+) steps")
 _VALIDATED = re.compile(r"^\s*(val/\S+): (\S+)$")
@@ -31,12 +31,15 @@ _SHOWN = 10
 Points = dict[str, dict[int, float]]
 
 
-def find_run(folder: str | Path, name: str | None = None) -> tuple[str, list[Path]]:
+def find_run(
+    folder: str | Path, name: str | None = None, *, several: str = "choose one by --run:"
+) -> tuple[str, list[Path]]:
     """The log files of one run.
 
     Args:
         folder: a `job.run_dir`, a run's folder in it, any folder with a log below it, or a file of console output.
         name: of the run (`job.timestamp_id`), or of a file of console output. Needed where there are several.
+        several: what the error says to do where there are several and no name.
 
     Returns:
         The run's name, and its files, the oldest first. A resumed run has several.
@@ -65,7 +68,7 @@ def find_run(folder: str | Path, name: str | None = None) -> tuple[str, list[Pat
     found = [run for run in runs if name in (None, run)]
     if len(found) != 1:
         listed = ", ".join(sorted(found or runs)[:_SHOWN]) + (", …" if len(found or runs) > _SHOWN else "")
-        wrong = f"no run '{name}'; there are" if not found else f"{len(found)} runs; choose one by --run:"
+        wrong = f"no run '{name}'; there are" if not found else f"{len(found)} runs; {several}"
         raise ConfigError(f"{folder}: {wrong} {listed}")
     return found[0], runs[found[0]]
 
@@ -91,22 +94,24 @@ def read_curves(files: Sequence[Path], endings: tuple[str, ...]) -> dict[str, Cu
                 points.setdefault(tag, {})[step] = value
     points = {tag: values for tag, values in _renamed(points).items() if tag.endswith(endings)}
     if not points:
-        raise ConfigError(f"{files[-1]}: nothing is logged in it; the run has not come to its first step")
+        raise ConfigError(
+            f"{files[-1]}: nothing is logged in it: it is no log of fairchem, or the run has not come to its first step"
+        )
     return {tag: curve_of(values) for tag, values in points.items()}
 
 
 def _renamed(points: Points) -> Points:
     """The same under the tags of fairchem 1.x."""
     found = {tag: match for tag in points if (match := _VALIDATION.fullmatch(tag))}
-    tasks = [match["task"] for match in found.values()]
+    tasks = [(match["task"], match["metric"]) for match in found.values()]
     new = {}
     for tag, values in points.items():
         match = found.get(tag)
         if match is None:
             new[tag] = values
         else:
-            of = f"{match['dataset']}_" if tasks.count(match["task"]) > 1 else ""
-            new[f"val/{of}{match['task']}_mae"] = values
+            of = f"{match['dataset']}_" if tasks.count((match["task"], match["metric"])) > 1 else ""
+            new[f"val/{of}{match['task']}_{match['metric']}"] = values
     return new
 
 
@@ -156,7 +161,7 @@ def _of_wandb(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
             }
             yield int(logged.get("train/step", logged.get("_step", message.history.step.num))), logged
     except (DecodeError, json.JSONDecodeError):
-        logging.warning("%s: damaged; what comes before is drawn", path)
+        logging.warning("%s: damaged; what comes before counts", path)
 
 
 def _is_number(value: float | str) -> bool:
@@ -177,7 +182,7 @@ def _whole_records(path: Path) -> Iterator[bytes]:
         _, length, kind = struct.unpack_from("<IHB", content, at)
         part = content[at + _HEADER : at + _HEADER + length]
         if kind == 0 or len(part) < length:
-            logging.warning("%s: cut short; what is whole is drawn", path)
+            logging.warning("%s: cut short; what is whole counts", path)
             return
         record = part if kind in (_WHOLE, _FIRST) else record + part
         if kind in (_WHOLE, _LAST):

@@ -23,12 +23,15 @@ _VERSION = "brain.Event:"  # what the first record of every event file says
 _SHOWN = 10
 
 
-def find_run(folder: str | Path, name: str | None = None) -> tuple[str, list[Path]]:
+def find_run(
+    folder: str | Path, name: str | None = None, *, several: str = "choose one by --run:"
+) -> tuple[str, list[Path]]:
     """The event files of one run, anywhere under a folder.
 
     Args:
         folder: a `--run-dir`, its `logs`, or a run's own log folder.
         name: of the run's log folder, with or without the folders above it. Needed where there are several runs.
+        several: what the error says to do where there are several runs and no name.
 
     Returns:
         The run's name, and its event files, the oldest first. A resumed run has several.
@@ -57,7 +60,7 @@ def find_run(folder: str | Path, name: str | None = None) -> tuple[str, list[Pat
     found = [run for run in runs if name is None or name in (run, run.rpartition("/")[2])]
     if len(found) != 1:
         listed = ", ".join(sorted(found or runs)[:_SHOWN]) + (", …" if len(found or runs) > _SHOWN else "")
-        wrong = f"no run '{name}'; there are" if not found else f"{len(found)} runs; choose one by --run:"
+        wrong = f"no run '{name}'; there are" if not found else f"{len(found)} runs; {several}"
         raise ConfigError(f"{folder}: {wrong} {listed}")
     label = folder.resolve().name if found[0] == "." else found[0].rpartition("/")[2]
     return label, runs[found[0]]
@@ -99,7 +102,7 @@ def _events(path: Path, needles: Sequence[bytes] = (b"",)) -> Iterator[Event]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except DecodeError:
-        logging.warning("%s: damaged; what comes before is drawn", path)
+        logging.warning("%s: damaged; what comes before counts", path)
 
 
 def _records(file: BinaryIO, path: Path) -> Iterator[bytes]:
@@ -112,7 +115,7 @@ def _records(file: BinaryIO, path: Path) -> Iterator[bytes]:
             raise ConfigError(f"{path}: not a TensorBoard event file")
         at += 16 + length
         if not length or at > size:
-            logging.warning("%s: cut short; what is whole is drawn", path)
+            logging.warning("%s: cut short; what is whole counts", path)
             return
         yield file.read(length)
         file.read(4)
