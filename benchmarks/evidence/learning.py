@@ -111,6 +111,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "plain denoising twice as long": {"scd": {"condition": [], "std": 0.04}, "times": 2},
     "plain denoising, σ 0.02": {"scd": {"condition": [], "std": 0.02}},
     "plain denoising, σ 0.1": {"scd": {"condition": [], "std": 0.1}},
+    "plain denoising, σ 0.2": {"scd": {"condition": [], "std": 0.2}},
 }
 """Pre-trainings, each an arm called `START, then TASK`.
 
