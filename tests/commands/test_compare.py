@@ -143,8 +143,8 @@ def test_what_is_no_number_or_not_in_all_runs_is_said(tmp_path):
     b = log(tmp_path / "b", [0.8, 0.6, 0.4, nan, nan], gap_mae=[1.0, 1.0, 0.0, 1.0, 1.0])
     output = " ".join(fairchem_scd("compare", f"plain={a}", f"scd={b}").output.split())
     assert "b: forces_mae is not a number at step 400." in output
-    assert "Left out: stress_mae, which b lacks." in output
-    assert "Left out: gap_mae, which is zero, or not there, where a run's errors are read." in output
+    assert "Left out: stress_mae, which is not in the log of b." in output
+    assert "Left out: gap_mae, which is zero at some validation." in output
     assert "scd: forces_mae 100.0 % higher than plain" in output
 
 
@@ -193,14 +193,16 @@ def test_the_picture_has_a_panel_for_each_error_and_a_line_for_each_run(tmp_path
         (["plain={several}", "dens={b}"], "{several}: 2 runs; give the folder of one of them: one, two"),
         (["plain={a}", "dens={training}"], "training: no validation errors in its log, such as val/forces_mae"),
         (["plain={a}", "dens={gap}"], "no validation error in common: a has val/forces_mae; gap has val/gap_mae"),
+        (["plain={zero}", "dens={a}"], "the errors that the runs have in common are zero: val/forces_mae"),
         (["plain={a}", "dens={nan}"], "nan: val/forces_mae is not a number at any validation; leave this run out"),
     ],
 )
 def test_what_cannot_be_compared_is_said_in_one_line(given, message, tmp_path):
-    folders = {name: tmp_path / name for name in ("a", "b", "nowhere", "training", "gap", "nan", "several")}
+    folders = {name: tmp_path / name for name in ("a", "b", "nowhere", "training", "gap", "nan", "several", "zero")}
     for name in ("a", "b", "several/one", "several/two"):
         log(tmp_path / name, falling(0.2))
     log(folders["nan"], [float("nan")] * 5)
+    log(folders["zero"], [0.0] * 5)
     for name, tag in (("training", "train/forces_mae"), ("gap", "val/gap_mae")):
         with SummaryWriter(str(folders[name])) as writer:
             writer.add_scalar(tag, 0.1, 500)

@@ -211,20 +211,19 @@ def compare(runs: dict[str, list[Run]], at: At = "best") -> Comparison:
         for tag in shared:
             if not np.isfinite(run.curves[tag].values).any():
                 raise ConfigError(f"{run.label}: {tag} is not a number at any validation; leave this run out")
-    notes = [*_notes_on_lengths(runs, shared[0]), *_notes_on_numbers(every, shared)]
-    notes += [
-        f"Left out: {tag.removeprefix(_PREFIX)}, which {_some([r.label for r in every if tag not in r.curves])} lacks."
-        for tag in found
-        if tag not in shared
-    ]
+    zero = [tag for tag in shared if any(np.nanmin(run.curves[tag].values) <= 0 for run in every)]
+    counted = [tag for tag in shared if tag not in zero]
+    if not counted:
+        raise ConfigError(f"the errors that the runs have in common are zero: {', '.join(zero)}")
+    missing = {tag: _some([r.label for r in every if tag not in r.curves]) for tag in found if tag not in shared}
+    notes = [*_notes_on_lengths(runs, counted[0]), *_notes_on_numbers(every, counted)]
+    notes += [f"Left out: {tag.removeprefix(_PREFIX)}, which is not in the log of {of}." for tag, of in missing.items()]
+    notes += [f"Left out: {tag.removeprefix(_PREFIX)}, which is zero at some validation." for tag in zero]
     errors = []
-    for tag in shared:
-        values = {config: [_value(run, tag, shared[0], at) for run in of] for config, of in runs.items()}
-        name = tag.removeprefix(_PREFIX)
-        if min(map(min, values.values())) > 0:
-            errors.append(Error(name, {config: [run.curves[tag] for run in of] for config, of in runs.items()}, values))
-        else:
-            notes.append(f"Left out: {name}, which is zero, or not there, where a run's errors are read.")
+    for tag in counted:
+        values = {config: [_value(run, tag, counted[0], at) for run in of] for config, of in runs.items()}
+        curves = {config: [run.curves[tag] for run in of] for config, of in runs.items()}
+        errors.append(Error(tag.removeprefix(_PREFIX), curves, values))
     return Comparison(runs, at, errors, notes)
 
 
@@ -270,13 +269,14 @@ def _order(tag: str) -> tuple[bool, bool, str]:
 
 
 def _value(run: Run, tag: str, first: str, at: At) -> float:
-    """The error that counts; -1 where the run has none at that validation."""
+    """The error that counts: at the validation that the first error chooses, or the latest before it with a number."""
     chooser, curve = run.curves[first], run.curves[tag]
     finite = np.isfinite(chooser.values)
     steps, values = chooser.steps[finite], chooser.values[finite]
     step = steps[-1] if at == "last" else steps[np.argmin(values)]
-    at_step = curve.values[curve.steps == step]
-    return float(at_step[0]) if len(at_step) and np.isfinite(at_step[0]) else -1.0
+    known = np.isfinite(curve.values)
+    until = known & (curve.steps <= step)
+    return float(curve.values[until][-1] if until.any() else curve.values[known][0])
 
 
 def _notes_on_lengths(runs: Mapping[str, list[Run]], tag: str) -> list[str]:
