@@ -42,10 +42,12 @@ class Form:
     Attributes:
         scd: settings of `task.denoising.scd`.
         change: what is done to the model, for forms that the package does not have.
+        change_task: what is done to the trainer's task.
     """
 
     scd: dict[str, Any] = field(default_factory=dict)
     change: Callable[[Any], None] | None = None
+    change_task: Callable[[Any], None] | None = None
 
 
 LEVERS = {
@@ -66,7 +68,7 @@ LEVERS = {
     "five times the learning rate": Form(change=forms.faster),
     "dropped by atom": Form({"condition_drop": 0.0}, forms.dropped_by_atom),
     "contrastive term": Form(change=forms.contrastive),
-    "σ from large to small": Form(change=forms.from_large_noise),
+    "σ from large to small": Form(change_task=forms.from_large_noise),
 }
 """Forms that differ from the package's in one thing; `mask token` is the authors'."""
 FORMS = {
@@ -194,6 +196,8 @@ def train(run: Run, folder: Path | None) -> dict[str, Any]:
             change=form.change,
             seed=run.seed,
         )
+        if form.change_task is not None:
+            form.change_task(trainer.tasks["scd"])
         if run.form != SHRINKAGE:
             return watch_denoising(trainer, 4)
         cells = structures.CELLS[run.data]

@@ -1,7 +1,8 @@
 """Other forms of SCD's condition, which `benchmarks.evidence.condition` compares with the package's.
 
-Each function changes a `DenoisingHydra` in place, before it is trained. Without a condition all of them compute what
-the host's plain model computes. Those that reach into the backbone know PaiNN alone.
+Each function changes a `DenoisingHydra` in place, before it is trained; `from_large_noise` changes the trainer's task.
+Without a condition all of them compute what the host's plain model computes. Those that reach into the backbone know
+PaiNN alone.
 """
 
 from __future__ import annotations
@@ -264,9 +265,12 @@ class _WithTerm(torch.autograd.Function):
         return grad, grad.new_ones(())
 
 
-def from_large_noise(model: Any) -> None:
-    """σ falls from four times its value to its value, over the first 500 steps of training."""
-    task = model.denoising_tasks["scd"]
+def from_large_noise(task: Any) -> None:
+    """σ falls from four times its value to its value, over the first 500 steps of training.
+
+    Args:
+        task: the trainer's, which draws the noise.
+    """
     drawn = task.corrupt
     first = None
 

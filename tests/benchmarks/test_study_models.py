@@ -31,7 +31,7 @@ from benchmarks.evidence.noise import (
     shrinkage_errors,
     told_differences,
 )
-from benchmarks.evidence.trained import Model, quieten
+from benchmarks.evidence.trained import Length, Model, quieten
 from fairchem_scd.denoising.conditions.self_condition import ConditionHead
 from fairchem_scd.denoising.plan import NOISE, VALIDATION, Plan
 from fairchem_scd.testing import stirred
@@ -216,12 +216,33 @@ def test_faster_weights_take_five_times_the_step() -> None:
 
 
 def test_noise_falls_from_four_times_its_size(batch: Any) -> None:
-    model, usual = changed("σ from large to small"), changed("embedding")
-    seen = model.structures_of(batch)
+    task, usual = (changed("embedding").denoising_tasks["scd"] for _ in range(2))
+    condition.FORMS["σ from large to small"].change_task(task)
+    seen = changed("embedding").structures_of(batch)
     for step, factor in ((7, 4.0), (257, 2.0), (507, 1.0), (900, 1.0), (VALIDATION, 1.0)):
-        drawn, expected = (m.denoising_tasks["scd"].corrupt(seen, seed=0, step=step) for m in (model, usual))
+        drawn, expected = (some.corrupt(seen, seed=0, step=step) for some in (task, usual))
         torch.testing.assert_close(drawn.noise, factor * expected.noise)
         torch.testing.assert_close(drawn.sigma, factor * expected.sigma)
+
+
+def test_what_a_form_changes_reaches_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer has tasks of its own, beside those of its model."""
+    seen = []
+
+    def watched(trainer: Any, points: int) -> dict[str, Any]:
+        batch = next(iter(trainer.train_loader))
+        structures_seen = trainer._unwrapped_model.structures_of(batch)
+        drawn = trainer.draw_task(0).corrupt(structures_seen, seed=0, step=0)
+        trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+        added = getattr(trainer._unwrapped_model.denoising["scd"]["modulation"], "added", None)
+        seen.append((drawn.sigma[0].item(), added is not None and id(added.weight) in trained))
+        return {}
+
+    monkeypatch.setattr(condition, "watch_denoising", watched)
+    for form in ("σ from large to small", "into the input features too"):
+        model = Model(layers=1, channels=8, neighbors=60)
+        condition.train(condition.Run("two_atoms", form, 0.1, model, Length(4, 2, 1e-3), seed=0, count=8), None)
+    assert seen == [(pytest.approx(0.4), False), (pytest.approx(0.1), True)]
 
 
 def test_the_contrastive_term_pulls_the_two_errors_apart(batch: Any) -> None:
