@@ -228,7 +228,8 @@ COMPONENTS = """\
 The noise of N atoms has 3N − 3 components, beside its mean. To first order in σ, K independent invariants that a model
 is told of the clean structure take K of them away, if it can form the same invariants of the noisy structure: a share
 K / (3N − 3). "Components" is the explained share times 3N − 3. Structures of like size are taken together. ± is the
-standard error over structures. The picture is at the top of this page.
+standard error over structures. Slabs have four fixed atoms: of their noise a quarter fewer components move than are
+counted here. The picture is at the top of this page.
 """
 PROBES = """\
 ## What frozen embeddings hold
