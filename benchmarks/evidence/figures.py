@@ -91,9 +91,11 @@ def draw_ladder(records: list[Record], path: Path) -> None:
     panels = figure.subplots(len(datas), len(forms), squeeze=False, sharey="row", sharex="row")
     for row, data in zip(panels, datas, strict=True):
         for axes, form in zip(row, forms, strict=True):
-            for record in records:
-                if record["run"]["data"] != data or record["run"]["form"] not in (form, "plain"):
-                    continue
+            shown = [r for r in records if r["run"]["data"] == data and r["run"]["form"] in (form, "plain")]
+            if all(r["run"]["form"] == "plain" for r in shown):
+                axes.set_visible(False)
+                continue
+            for record in shown:
                 for i, told in enumerate(("right", "other", "none")):
                     _draw_told(axes, record, told, i)
             if data in best:
