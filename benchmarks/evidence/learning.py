@@ -90,6 +90,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "DeNS, σ 0.05, coefficient 100": _dens(std=0.05),
     "DeNS, prob 0.25, coefficient 100": _dens(prob=0.25),
     "DeNS, prob 0.25, coefficient 100, energies of clean structures alone": _dens(prob=0.25, train_outputs=[]),
+    "DeNS, prob 0.25, coefficient 100, forces not told": _dens(prob=0.25, force_encoding=False),
     "DeNS, prob 0.25, coefficient 10": _dens(prob=0.25, coefficient=10.0),
     "DeNS, σ 0.02, prob 0.25, coefficient 10": _dens(**_GENTLE),
     "DeNS, σ 0.02, prob 0.25, coefficient 10, forces not told": _dens(**_GENTLE, force_encoding=False),
