@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from benchmarks.evidence.noise import mean_of_structures
 from fairchem_scd.denoising.conditions import BoundModulation, ConditionHead, Modulation
 from fairchem_scd.denoising.conditions.modulation import BlockModulation
 from fairchem_scd.denoising.corruption import Corruption
@@ -241,16 +242,11 @@ class _Contrastive(DenoisingHydra):
         asked = replace(noisy, given=out.pop(EMBEDDING).roll(1, 0))
         other = super().forward(data, Plan(plan.task, (asked,)))[NOISE]
         target = (noisy.pos - data.pos) / task.settings.std
-        right, wrong = (_by_structure((noise - target).square(), data) for noise in (out[NOISE], other))
+        errors = ((noise - target).square() for noise in (out[NOISE], other))
+        right, wrong = (mean_of_structures(of, data.batch, len(data.natoms)).mean(dim=1) for of in errors)
         hinge = (0.2 + right - wrong).clamp(min=0)[noisy.conditioned].sum() / len(data.natoms)
         out[NOISE] = _WithTerm.apply(out[NOISE], task.settings.coefficient_of(False) * hinge)
         return out
-
-
-def _by_structure(values: Tensor, data: Any) -> Tensor:
-    """[B] means over atoms and components of [N, 3]."""
-    total = values.new_zeros(len(data.natoms)).index_add(0, data.batch, values.mean(dim=1))
-    return total / data.natoms
 
 
 class _WithTerm(torch.autograd.Function):

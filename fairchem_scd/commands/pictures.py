@@ -15,8 +15,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from fairchem_scd.commands.files import check_output, whole_file
 from fairchem_scd.errors import ConfigError
@@ -81,6 +83,20 @@ def new_figure(width: float = SINGLE, height: float = 2.6) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def log_scale(axes: Axes, span: float) -> None:
+    """A logarithmic y axis, with ticks that can be read.
+
+    Args:
+        span: the largest value over the smallest.
+    """
+    axes.set_yscale("log")
+    if span < 100:
+        # Powers of ten alone would be one or two ticks.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def check_picture(path: str | Path, *, force: bool = False) -> Path:

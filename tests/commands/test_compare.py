@@ -11,8 +11,9 @@ import pytest
 from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
-from fairchem_scd.commands.compare.comparison import Change, Run, compare
+from fairchem_scd.commands.compare.comparison import Change, compare
 from fairchem_scd.commands.compare.comparison_picture import draw
+from fairchem_scd.commands.compare.runs import Run
 from fairchem_scd.commands.plot.curves import Curve
 from tests.support.command_line import fairchem_scd
 

@@ -36,17 +36,11 @@ def command(runs: tuple[str, ...], at: str, picture: str | None, force: bool) ->
     """
     from fairchem_scd.commands import pictures
     from fairchem_scd.commands.compare import comparison
-    from fairchem_scd.host import installed_major
+    from fairchem_scd.commands.compare import runs as logged
 
     if picture is not None:
         pictures.check_picture(picture, force=force)
-    folders = comparison.named(runs)
-    if installed_major() == 2:
-        from fairchem_scd.commands.fairchem2.training_log import find_run, read_curves
-    else:
-        from fairchem_scd.commands.plot.training_log import find_run, read_curves
-
-    found = comparison.compare(comparison.read(folders, find_run, read_curves), at)
+    found = comparison.compare(logged.read(logged.named(runs)), at)
     click.echo(comparison.text(found))
     if picture is not None:
         from fairchem_scd.commands.compare import comparison_picture

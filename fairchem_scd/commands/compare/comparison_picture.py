@@ -6,15 +6,17 @@ import math
 from itertools import cycle
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
 
 from fairchem_scd.commands import pictures
 from fairchem_scd.commands.compare.comparison import Comparison
 
 _MARKED = 30
 """Curves of fewer points have markers: that of a run is the same in all panels, so that an odd seed can be found."""
+
+_WIDE = 3
+"""Errors that differ by this factor have a logarithmic axis."""
 
 
 def draw(found: Comparison) -> Figure:
@@ -39,23 +41,12 @@ def draw(found: Comparison) -> Figure:
                         markersize=2.5,
                         label=name if number == 0 else None,
                     )
-            _scale(axes, np.concatenate([curve.values for curves in error.curves.values() for curve in curves]))
+            values = np.concatenate([curve.values for curves in error.curves.values() for curve in curves])
+            if (span := np.nanmax(values) / np.nanmin(values)) > _WIDE:
+                pictures.log_scale(axes, span)
             axes.set(xlabel="training step", ylabel=error.heading)
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         for axes in panels[count:]:
             axes.set_visible(False)
         panels[0].legend()
         return figure
-
-
-def _scale(axes: Axes, values: np.ndarray) -> None:
-    """A logarithmic scale where errors differ much, with ticks that can be read."""
-    values = values[np.isfinite(values) & (values > 0)]
-    span = values.max() / values.min()
-    if span > 3:
-        axes.set_yscale("log")
-        if span < 100:
-            # Powers of ten alone would be one tick or two.
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(ScalarFormatter())
-            axes.yaxis.set_minor_formatter(NullFormatter())

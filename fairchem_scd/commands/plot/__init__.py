@@ -46,15 +46,11 @@ def command(run_dir: str, out: str, run: str | None, column: str, force: bool) -
     import numpy as np
 
     from fairchem_scd.commands.plot import training_run
-    from fairchem_scd.host import installed_major
+    from fairchem_scd.commands.plot.host_log import host_log
 
-    if installed_major() == 2:
-        from fairchem_scd.commands.fairchem2.training_log import find_run, read_curves
-    else:
-        from fairchem_scd.commands.plot.training_log import find_run, read_curves
-
-    name, files = find_run(run_dir, run)
-    curves = read_curves(files, training_run.ENDINGS)
+    log = host_log()
+    name, files = log.find_run(run_dir, run)
+    curves = log.read_curves(files, training_run.ENDINGS)
     figure = training_run.draw(curves, width=pictures.DOUBLE if column == "double" else pictures.SINGLE)
     pictures.save(figure, out, force=force)
     last = max(int(curve.steps[-1]) for curve in curves.values())

@@ -10,7 +10,7 @@ from itertools import cycle
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
 
 from fairchem_scd.commands import pictures
 from fairchem_scd.commands.plot.curves import Curve, binned, running_median, same_curves
@@ -254,12 +254,7 @@ def _draw_panel(ax: Axes, panel: _Panel, curves: Mapping[str, Curve]) -> None:
     values = values[np.isfinite(values) & (values > 0)]
     span = values.max() / values.min() if len(values) else 1
     if panel.log and span > 5:
-        ax.set_yscale("log")
-        if span < 100:
-            # Powers of ten alone would be one or two ticks.
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter(ScalarFormatter())
-            ax.yaxis.set_minor_formatter(NullFormatter())
+        pictures.log_scale(ax, span)
     ax.set_ylabel(panel.label)
     across = len(ax.get_subplotspec().colspan) > 1
     columns = 5 if across else 3 if len(panel.lines) <= 3 else 2
