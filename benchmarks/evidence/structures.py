@@ -56,7 +56,7 @@ def load(name: str, folder: Path | None) -> Splits:
     if name in databases.FILES:
         train, test = databases.read(name, folder)
     elif name == "slabs":
-        made = [_labelled(atoms) for atoms, _, _ in emt_slabs(sum(_SLABS), seed=0)]
+        made = [with_labels(atoms) for atoms, _, _ in emt_slabs(sum(_SLABS), seed=0)]
         train, test = made[: _SLABS[0]], made[_SLABS[0] :]
     elif name in CELLS:
         rng = np.random.default_rng(0)
@@ -66,8 +66,8 @@ def load(name: str, folder: Path | None) -> Splits:
     return split(train, test)
 
 
-def _labelled(atoms: Atoms) -> Atoms:
-    """The same, with its energy and forces as a database keeps them."""
+def with_labels(atoms: Atoms) -> Atoms:
+    """The same, with the energy and forces of its calculator as a database keeps them."""
     forces = atoms.get_forces(apply_constraint=False)
     atoms.calc = SinglePointCalculator(atoms, energy=atoms.get_potential_energy(), forces=forces)
     return atoms

@@ -16,8 +16,10 @@ from unittest import mock
 
 import torch
 from ase import Atoms
+from torch.utils.data import Subset
 
 from benchmarks.common import DENOISING, PLAIN, hydra, make_trainer, training
+from benchmarks.evidence.databases import group_of
 from benchmarks.evidence.neighbors import KeptNeighbors
 from benchmarks.evidence.noise import judge, told_differences
 from benchmarks.evidence.results import Results, key_of
@@ -175,7 +177,8 @@ def train_labels(
 
     Returns:
         What `Watch.train` returns; `held_out` and `test`, errors in eV per atom and eV/Å of the averaged weights at the
-        end; `zero_test`, those of outputs that are zero.
+        end; `zero_test`, those of outputs that are zero; `test_groups`, those of `test` by `databases.group_of`, with
+        the number of structures, where the data has groups.
     """
     block = model.block()
     if start is not None:
@@ -205,6 +208,8 @@ def train_labels(
         with averaged(trainer):
             scores |= {"held_out": errors(trainer, trainer.val_dataset), "test": errors(trainer, test)}
             scores["zero_test"] = errors(trainer, test, zero=True)
+            if groups := errors_by_group(trainer, test, [group_of(atoms) for atoms in splits.test]):
+                scores["test_groups"] = groups
             if keep is not None:
                 torch.save({"state_dict": trainer.model.state_dict(), "config": trainer.config, "ema": None}, keep)
     return scores
@@ -256,6 +261,15 @@ def errors(trainer: Any, rows: Any, *, zero: bool = False, batch_size: int = 32)
         force = torch.cat(forces)
         found |= {"force_mae": force.abs().mean(), "force_rmse": force.square().mean().sqrt()}
     return {name: round(value.item(), 6) for name, value in found.items()}
+
+
+def errors_by_group(trainer: Any, rows: Any, groups: Sequence[str | None]) -> dict[str, dict[str, float]]:
+    """What `errors` returns for each group of a dataset's rows, with the number of its `structures`."""
+    found = {}
+    for group in sorted({group for group in groups if group is not None}):
+        chosen = [i for i, name in enumerate(groups) if name == group]
+        found[group] = {"structures": len(chosen), **errors(trainer, Subset(rows, chosen))}
+    return found
 
 
 # --- structures alone -------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ase.build import bulk
+from ase.calculators.emt import EMT
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import setup_imports
 from fairchem.core.datasets import data_list_collater
@@ -31,7 +33,8 @@ from benchmarks.evidence.noise import (
     shrinkage_errors,
     told_differences,
 )
-from benchmarks.evidence.trained import Length, Model, quieten
+from benchmarks.evidence.structures import Splits
+from benchmarks.evidence.trained import Length, Model, quieten, train_labels
 from fairchem_scd.denoising.conditions.self_condition import ConditionHead
 from fairchem_scd.denoising.plan import NOISE, VALIDATION, Plan
 from fairchem_scd.testing import stirred
@@ -359,3 +362,34 @@ def test_probes_score_by_the_variance_left_over_and_by_wrong_classes() -> None:
     assert scores["number"] < 1e-3
     unknowable = probes.probe(np.zeros((4, 1)), np.zeros((3, 1)), {"number": (classes == "a", mean_alone)})
     assert unknowable["number"] == pytest.approx(1.0)
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def test_errors_of_groups_are_those_of_all_test_structures_taken_apart() -> None:
+    rows = []
+    for count, group in ((1, "Bulk"), (2, "Surface"), (2, "Bulk")):
+        atoms = bulk("Cu", cubic=True).repeat((count, 1, 1))
+        atoms.rattle(0.1, seed=len(rows))
+        atoms.calc = EMT()
+        atoms = structures.with_labels(atoms)
+        atoms.info["group"] = group
+        rows.append(atoms)
+    scores = train_labels(
+        Model(layers=1, channels=8, neighbors=60),
+        Length(2, 3, 1e-3),
+        Splits(rows, rows[:1], rows),
+        rows,
+        seed=0,
+        denoising={},
+        start=None,
+        quiet_heads=False,
+        points=1,
+    )
+    groups, together = scores["test_groups"], scores["test"]
+    assert {name: group["structures"] for name, group in groups.items()} == {"Bulk": 2, "Surface": 1}
+    for error, weights in (("energy_mae", {"Bulk": 2, "Surface": 1}), ("force_mae", {"Bulk": 4 + 8, "Surface": 8})):
+        mean = sum(weights[name] * groups[name][error] for name in groups) / sum(weights.values())
+        assert mean == pytest.approx(together[error], rel=1e-4)
+    assert groups["Bulk"]["energy_mae"] != groups["Surface"]["energy_mae"]
