@@ -61,6 +61,7 @@ LEVERS = {
     "moments": Form(change=forms.moments),
     "modulation not zero at first": Form(change=forms.started),
     "four vectors, pooled and read by attention": Form(change=forms.tokens),
+    "pooled by element": Form(change=forms.by_element),
     "into the input features too": Form(change=forms.into_the_input),
     "into the update layers too": Form(change=forms.update_layers),
     "gates of vector features too": Form(change=forms.vector_gates),
@@ -69,6 +70,7 @@ LEVERS = {
     "dropped by atom": Form({"condition_drop": 0.0}, forms.dropped_by_atom),
     "contrastive term": Form(change=forms.contrastive),
     "σ from large to small": Form(change_task=forms.from_large_noise),
+    "five of these together": Form(change=forms.together, change_task=forms.from_large_noise),
 }
 """Forms that differ from the package's in one thing; `mask token` is the authors'."""
 FORMS = {

@@ -168,6 +168,7 @@ def test_other_forms_are_without_a_condition_the_plain_model_before_and_after_a_
 SAID_OTHERWISE = (
     *("standardised", "moments", "four vectors, pooled and read by attention", "into the input features too"),
     *("into the update layers too", "gates of vector features too", "shift, scale and gate of the condition alone"),
+    "five of these together",
 )
 
 
@@ -188,7 +189,9 @@ def test_other_forms_tell_the_blocks_something_else(form: str, batch: Any) -> No
     assert (of_structures(told, "right") - of_structures(told, "other")).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("form", ["into the update layers too", "gates of vector features too"])
+@pytest.mark.parametrize(
+    "form", ["into the update layers too", "gates of vector features too", "five of these together"]
+)
 def test_forms_in_the_backbone_predict_noise_that_turns_with_the_structure(form: str, batch: Any) -> None:
     model = changed(form)
     stirred(model)
@@ -271,6 +274,26 @@ def test_dropped_by_atom_some_atoms_of_a_structure_have_no_condition(batch: Any)
     for training, share in ((True, 0.9), (False, 1.0)):
         bound = modulation.train(training).bind(torch.zeros(1000, 8), all_of_them)
         assert bound._conditioned.float().mean() == pytest.approx(share, abs=0.04)
+
+
+def test_an_atom_is_told_of_its_own_element_alone() -> None:
+    model = changed("pooled by element")
+    stirred(model)
+    told = []
+    head, block = model.denoising["scd"]["condition_head"], model.denoising["scd"]["modulation"].blocks[0]
+    block.mlp.register_forward_pre_hook(lambda module, inputs: told.append(inputs[0][:, :8]))
+    numbers, features = torch.tensor([1, 8, 1]), torch.randn(3, 8)
+    one = torch.zeros(3, dtype=torch.long)
+    for moved in (features, features + torch.tensor([0.0, 1.0, 0.0])[:, None] * torch.randn(8)):
+        head.numbers.note(None, (numbers,))
+        condition = head.condition(head(moved, one, 1), torch.ones(1, dtype=torch.bool))
+        block(features, condition[one], torch.ones(3, dtype=torch.bool))
+    before, after = told
+    assert torch.equal(before[0], before[2])
+    assert torch.equal(before[[0, 2]], after[[0, 2]])
+    assert (before[1] - after[1]).abs().max() > 1e-3
+    expected = head.norm(head.structure(head.atoms(features)[[0, 2]].sum(dim=0)))
+    torch.testing.assert_close(before[0], expected)
 
 
 def changed(form: str) -> Any:
