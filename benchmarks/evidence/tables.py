@@ -121,6 +121,32 @@ def arms_table(records: list[Record], split: str = "test") -> str:
     )
 
 
+def groups_table(records: list[Record], group: str) -> str:
+    """Energy errors of one group of test structures and of the others, of runs that have errors by group."""
+
+    def energy(inside: bool) -> Callable[[Record], float | None]:
+        return lambda record: _milli_of_groups(record, lambda name: (name == group) == inside)
+
+    known = [record for record in records if group in record["scores"].get("test_groups", {})]
+    return errors_table(
+        known,
+        {
+            "data": lambda r: r["run"]["data"],
+            "labels": number_of_labels,
+            "steps": lambda r: r["run"]["length"]["steps"],
+            "energy heads": lambda r: "quiet" if r["run"].get("quiet_heads", True) else "the host's",
+        },
+        {f"{group}: energy MAE, meV/atom": energy(True), "the others": energy(False)},
+    )
+
+
+def _milli_of_groups(record: Record, chosen: Callable[[str], bool]) -> float:
+    """Energy error over the test structures of the chosen groups, meV per atom."""
+    groups = [group for name, group in record["scores"]["test_groups"].items() if chosen(name)]
+    count = sum(group["structures"] for group in groups)
+    return 1000 * sum(group["structures"] * group["energy_mae"] for group in groups) / count
+
+
 def _rates(records: list[Record]) -> str:
     return ", ".join(dict.fromkeys(f"{record['run']['length']['lr']:g}" for record in records))
 

@@ -81,6 +81,21 @@ def test_arms_stand_beside_plain_training_of_the_same_labels() -> None:
     assert "| 100.0, 200.0 | -50, +100 % |" in lines[1]
 
 
+def test_energies_of_a_group_stand_beside_those_of_all_other_structures() -> None:
+    records = [record("plain", 0, 0.2), record("DeNS", 0, 0.2), record("SCD", 0, 0.2)]
+    for line, surfaces in zip(records, (0.1, 0.3), strict=False):
+        line["scores"]["test_groups"] = {
+            "Bulk": {"structures": 3, "energy_mae": 0.01},
+            "Surface": {"structures": 2, "energy_mae": surfaces},
+            "Vacancy": {"structures": 1, "energy_mae": 0.03},
+        }
+    lines = tables.groups_table(records, "Surface").splitlines()[2:]
+    assert lines == [
+        "| Mo | 12 | 300 | quiet | plain | 1 | 100.0 |  | 15.0 |  |",
+        "| Mo | 12 | 300 | quiet | DeNS | 1 | 300.0 | +200 % | 15.0 | +0 % |",
+    ]
+
+
 def test_the_last_fifth_of_a_curve_tells_whether_errors_still_fell() -> None:
     line = record("plain", 0, 0.1)
     line["scores"]["curve"] = [{"step": step, "energy_mae": error} for step, error in ((60, 3), (240, 2), (300, 1.5))]
