@@ -19,7 +19,7 @@ Suites, which --only, --arms, --labels and --seeds narrow down:
 - energies: as few, on oxides, whose structures are relaxed: energies alone;
 - compute, molecule_compute: plain training from random weights for as long as pre-training and fine-tuning together;
 - heads: as few, with energy heads that start as the host has them;
-- long: many passes over all labels, a task beside them;
+- long, longer: many passes over all labels, a task beside them;
 - tune, molecule_tasks: settings of the tasks beside labels, to be judged on held-out structures;
 - equiformer, equiformer_molecules: few labels on EquiformerV2.
 """
@@ -238,6 +238,9 @@ SUITES = {
         lengths=(Length(300, 8, 2e-3),),
     ),
     "long": replace(_FEW, data=_METALS, budgets=((None,),), arms=_BESIDE, lengths=(Length(3000, 4, 1e-3),), points=12),
+    "longer": replace(
+        _FEW, data=("Mo",), budgets=((None,),), arms=_BESIDE[:2], lengths=(Length(9000, 4, 1e-3),), points=18
+    ),
     "tune": Suite(("Mo",), ((96,),), (PLAIN, *TASKS), SMALL, (Length(600, 4, 2e-3),), _BEFORE),
     # At the rate that is best for plain training.
     "molecule_tasks": replace(

@@ -59,7 +59,7 @@ def sections(
 ) -> dict[str, str]:
     """The markdown of each section by the name of its marks; empty where there is nothing to compare yet."""
     gaps, second = ([r for r in records if "arm" in r["run"]] for records in (properties, fairchem2))
-    few, long = few_labels(learning), trained(learning, "long")
+    few, long = few_labels(learning), trained(learning, "long", "longer")
     before = pretrainings(learning)
     ladder, varied, levers = parted(condition)
     several, explained = of_several_budgets(learning), groups(longest(ladder), before)
