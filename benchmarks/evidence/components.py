@@ -35,6 +35,7 @@ class Group:
         data: name of the data.
         model: backbone and channels.
         told: form of the condition.
+        steps: of both models' training.
         seed: of both models.
         atoms: numbers of atoms [B].
         right: noise errors [B] told the right embedding.
@@ -44,6 +45,7 @@ class Group:
     data: str
     model: str
     told: str
+    steps: int
     seed: int
     atoms: np.ndarray
     right: np.ndarray
@@ -70,7 +72,7 @@ def groups(ladder: Sequence[Record], before: Sequence[Record]) -> list[Group]:
     """Groups of like size, of all models that have plain denoising of as many steps beside them.
 
     Args:
-        ladder: lines of `benchmarks.evidence.condition`, the longest runs of each data set.
+        ladder: lines of `benchmarks.evidence.condition`.
         before: lines of the pre-trainings of `benchmarks.evidence.learning`.
     """
     plain = {but_form(r): r for r in ladder if r["run"]["form"] == "plain"}
@@ -82,13 +84,14 @@ def groups(ladder: Sequence[Record], before: Sequence[Record]) -> list[Group]:
         beside = plain.get(but_form(record) if in_ladder else repr(pretraining_of(record)))
         if told not in ("embedding", "difference") or beside is None:
             continue
-        seed = record["run"]["seed"] if in_ladder else record["run"]["pretraining"]["seed"]
+        how = record["run"] if in_ladder else record["run"]["pretraining"]
         errors = record["scores"]["structures"]
         atoms, right = np.array(errors["atoms"]), np.array(errors["right"])
         without = np.array(beside["scores"]["structures"]["none"])
         data = record["run"]["data"]
         found += [
-            Group(data, model_of(record), told, seed, atoms[i], right[i], without[i]) for i in _of_like_size(atoms)
+            Group(data, model_of(record), told, how["length"]["steps"], how["seed"], atoms[i], right[i], without[i])
+            for i in _of_like_size(atoms)
         ]
     return found
 
@@ -112,25 +115,38 @@ def _of_like_size(atoms: np.ndarray) -> list[np.ndarray]:
 def components_table(found: Sequence[Group]) -> str:
     """Shares of the noise that the condition explains, and how many components they make; means over seeds."""
     rows = []
-    keys = sorted({(g.told, g.model, g.freedom, g.data, g.sizes, len(g.atoms)) for g in found})
-    for told, model, freedom, data, sizes, count in keys:
-        same = [g for g in found if (g.told, g.model, g.data, g.sizes) == (told, model, data, sizes)]
+    keys = sorted({(g.told, g.model, g.freedom, g.data, g.sizes, len(g.atoms), g.steps) for g in found})
+    for told, model, freedom, data, sizes, count, steps in keys:
+        same = [g for g in found if (g.told, g.model, g.data, g.sizes, g.steps) == (told, model, data, sizes, steps)]
         share = statistics.mean(g.share.value for g in same)
         error = statistics.mean(g.share.error for g in same)
         rows.append(
             [
-                *(told, model, data, sizes, str(count), str(len(same))),
+                *(told, model, data, sizes, str(count), str(steps), str(len(same))),
                 f"{100 * share:.1f} ± {100 * error:.1f}",
                 f"{share * freedom:.1f} ± {error * freedom:.1f}",
                 spread([g.share.value * freedom for g in same]),
             ]
         )
-    heads = ["told", "model", "data", "atoms", "structures", "seeds", "explained, % of plain denoising's noise error"]
+    heads = [
+        "told",
+        "model",
+        "data",
+        "atoms",
+        "structures",
+        "steps",
+        "seeds",
+        "explained, % of plain denoising's noise error",
+    ]
     return table([*heads, "components", "components by seed"], rows)
 
 
 def draw_components(found: Sequence[Group], path: Path) -> None:
-    """Shares of the noise that the condition explains, against the number of atoms; mean over seeds."""
+    """Shares of the noise that the condition explains, against the number of atoms; mean over seeds.
+
+    Of each model and data set the longest runs.
+    """
+    found = [g for g in found if g.steps == max(h.steps for h in found if _kind(h) == _kind(g))]
     forms = [form for form in ("embedding", "difference") if any(g.told == form for g in found)]
     kinds = sorted({(g.data, g.model) for g in found})
     hues = dict(zip(sorted({g.data for g in found}), cycle(style.COLORS), strict=False))
@@ -170,3 +186,7 @@ def draw_components(found: Sequence[Group], path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
     style.save(figure, path, force=True)
+
+
+def _kind(group: Group) -> tuple[str, str, str]:
+    return group.told, group.model, group.data

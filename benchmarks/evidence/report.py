@@ -24,7 +24,7 @@ from benchmarks.evidence.condition_tables import (
     pretrainings,
     probes_table,
 )
-from benchmarks.evidence.figures import draw_curves, draw_labels, draw_ladder, longest
+from benchmarks.evidence.figures import draw_curves, draw_labels, draw_ladder
 from benchmarks.evidence.frontier import draw_frontier, frontier_table
 from benchmarks.evidence.learning import SUITES
 from benchmarks.evidence.results import Results, key_of
@@ -62,7 +62,7 @@ def sections(
     few, long = few_labels(learning), trained(learning, "long", "longer")
     before = pretrainings(learning)
     ladder, varied, levers = parted(condition)
-    several, explained = of_several_budgets(learning), groups(longest(ladder), before)
+    several, explained = of_several_budgets(learning), groups(ladder, before)
     equiformer = trained(learning, "equiformer", "equiformer_molecules")
     settings = of_suites(learning, "tune", "molecule_tasks")
     heads = trained(learning, "heads")
@@ -297,7 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
     figures = options.page.parent / "figures"
     ladder, varied, _ = parted(condition)
     with style.printed():
-        if found := groups(longest(ladder), pretrainings(learning)):
+        if found := groups(ladder, pretrainings(learning)):
             figures.mkdir(exist_ok=True)
             draw_components(found, figures / "components.png")
         for draw, records, name in (

@@ -149,9 +149,12 @@ def test_only_structures_of_like_size_are_taken_together_and_few_ones_not_at_all
 def test_the_explained_share_is_counted_in_components_of_the_noise() -> None:
     atoms = np.full(20, 5)
     plain = np.linspace(0.5, 1.5, 20)
-    group = components.Group("molecules", "painn 64", "embedding", 0, atoms, 0.75 * plain, plain)
+    group = components.Group("molecules", "painn 64", "embedding", 900, 0, atoms, 0.75 * plain, plain)
+    longer = replace(group, steps=1800, right=0.5 * plain)
     assert group.freedom == 12
-    assert "| 20 | 1 | 25.0 ± 0.0 | 3.0 ± 0.0 | 3.0 |" in components.components_table([group])
+    rows = components.components_table([longer, group]).splitlines()[2:]
+    assert rows[0].endswith("| 20 | 900 | 1 | 25.0 ± 0.0 | 3.0 ± 0.0 | 3.0 |")
+    assert rows[1].endswith("| 20 | 1800 | 1 | 50.0 ± 0.0 | 6.0 ± 0.0 | 6.0 |")
 
 
 def test_forms_are_compared_with_the_shipped_one_on_the_same_structures() -> None:
