@@ -29,6 +29,7 @@ import torch
 from benchmarks.command_line import parser_of
 from benchmarks.common import existing_folder
 from benchmarks.evidence import forms, structures
+from benchmarks.evidence.learning import EQUIFORMER
 from benchmarks.evidence.noise import shrinkage_errors, summary, told_differences
 from benchmarks.evidence.results import Results, environment
 from benchmarks.evidence.study import add_options, begin
@@ -166,6 +167,14 @@ def suite(
 SUITES = ("small", "real", "frontier", "levers")
 
 
+def on(backbone: str, run: Run) -> Run:
+    """The same run of another backbone, in the size of the suites of `benchmarks.evidence.learning`."""
+    if backbone == run.model.backbone:
+        return run
+    sizes = {"backbone": EQUIFORMER.backbone, "layers": EQUIFORMER.layers, "channels": EQUIFORMER.channels}
+    return replace(run, model=replace(run.model, **sizes))
+
+
 def around(run: Run) -> Iterator[Run]:
     """A run, and runs that differ from it in one setting each, those that matter most first."""
     yield run
@@ -212,7 +221,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     begin(options)
     results, here = Results(options.results), environment()
-    for run in suite(options.suite, options.seeds, options.only, options.steps, options.forms):
+    for usual in suite(options.suite, options.seeds, options.only, options.steps, options.forms):
+        run = on(options.backbone, usual)
         with results.claimed(asdict(run)) as mine:
             if not mine:
                 continue
@@ -221,7 +231,8 @@ def main(arguments: list[str] | None = None) -> None:
             results.append({"suite": options.suite, "run": asdict(run), "structures": count, "scores": scores, **here})
             last = scores["curve"][-1]
             told = ", ".join(f"{name} {last[name][0]:.4f}" for name in ("right", "other", "none") if name in last)
-            print(f"{run.data}, {run.form}, {run.model.channels} channels, seed {run.seed}: {told}", flush=True)
+            what = f"{run.data}, {run.form}, {run.model.backbone} of {run.model.channels} channels, seed {run.seed}"
+            print(f"{what}: {told}", flush=True)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -235,6 +246,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--data", type=existing_folder, metavar="FOLDER", help="folder of the ASE databases")
     add("--only", nargs="+", metavar="DATA", help="these data alone")
     add("--forms", nargs="+", choices=(*FORMS, SHRINKAGE), metavar="FORM", help="these forms of the condition alone")
+    add("--backbone", choices=("painn", EQUIFORMER.backbone), default="painn", help="default: painn")
     add("--steps", type=int, metavar="N", help="instead of the suite's own number")
     add_options(parser, seeds=(0,), results=RESULTS)
     return parser.parse_args(arguments)

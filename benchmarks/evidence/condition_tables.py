@@ -21,14 +21,14 @@ def ladder_table(records: list[Record]) -> str:
     """Noise errors at the end of each run, and what the condition explains."""
     plain = {but_form(r): r for r in records if r["run"]["form"] == "plain"}
     rows = []
-    for record in sorted(records, key=lambda r: (r["run"]["data"], r["run"]["model"]["channels"], r["run"]["seed"])):
+    for record in sorted(records, key=lambda r: (r["run"]["data"], model_of(r), r["run"]["seed"])):
         run, last = record["run"], record["scores"]["curve"][-1]
         cells = [with_error(last.get(told)) for told in ("right", "other", "none")]
         beside = plain.get(but_form(record))
         ratio = ""
         if beside is not None and run["form"] != "plain":
             ratio = ratio_of(record["scores"]["structures"]["right"], beside["scores"]["structures"]["none"])
-        head = [run["data"], str(run["model"]["channels"]), str(record["scores"]["steps"]), str(run["seed"])]
+        head = [run["data"], model_of(record), str(record["scores"]["steps"]), str(run["seed"])]
         rows.append(
             [
                 *head,
@@ -38,7 +38,7 @@ def ladder_table(records: list[Record]) -> str:
                 f"{last['dimensions']:.1f}" if "dimensions" in last else "",
             ]
         )
-    heads = ["data", "channels", "steps", "seed", "told", "right", "another's", "none", "right / plain denoising"]
+    heads = ["data", "model", "steps", "seed", "told", "right", "another's", "none", "right / plain denoising"]
     return table([*heads, "dimensions"], rows)
 
 

@@ -77,12 +77,13 @@ def draw_curves(records: list[Record], path: Path) -> None:
 
 
 def draw_ladder(records: list[Record], path: Path) -> None:
-    """Noise errors against steps, told the right embedding, another's or none, beside plain denoising.
+    """Noise errors of PaiNN against steps, told the right embedding, another's or none, beside plain denoising.
 
     Of each data set its longest runs, and a line at the best that can be said without a condition, where it is known.
     """
     best = {r["run"]["data"]: r["scores"]["curve"][-1]["none"][0] for r in records if r["run"]["form"] == SHRINKAGE}
-    records = longest([r for r in records if r["run"]["form"] != SHRINKAGE])
+    records = [r for r in records if r["run"]["form"] != SHRINKAGE and r["run"]["model"]["backbone"] == "painn"]
+    records = longest(records)
     forms = [
         form for form in ("embedding", "mask token", "difference") if any(r["run"]["form"] == form for r in records)
     ]
