@@ -72,6 +72,7 @@ def errors_table(
     first: str = FIRST,
     digits: int = 1,
     notes: Mapping[str, Callable[[list[Record]], str]] | None = None,
+    changes: bool = True,
 ) -> str:
     """Errors of each arm, and their change against the first arm by seed. What stands alone is left out.
 
@@ -82,6 +83,7 @@ def errors_table(
         first: the arm that others are compared with.
         digits: of the errors, after the point.
         notes: further columns, of all runs of a row.
+        changes: show the changes.
     """
     groups = by_seed(records, lambda record: (*(of(record) for of in head.values()), record["run"]["arm"]))
     arms = Counter(key[:-1] for key in groups)
@@ -95,14 +97,20 @@ def errors_table(
                 {seed: value for seed, record in group.items() if (value := of(record)) is not None}
                 for group in (seeds, plain)
             )
-            cells += [spread([*values.values()], digits), "" if arm == first else change(values, base)]
+            cells.append(spread([*values.values()], digits))
+            if changes:
+                cells.append("" if arm == first else change(values, base))
         rows.append([*map(str, said), arm, str(len(seeds)), *cells])
-    columns = [heading for name in errors for heading in (name, "change")]
+    columns = [heading for name in errors for heading in ((name, "change") if changes else (name,))]
     return table([*head, "training", "seeds", *notes, *columns], rows)
 
 
-def arms_table(records: list[Record], split: str = "test") -> str:
-    """Errors of each arm, and their change against plain training by seed."""
+def arms_table(records: list[Record], split: str = "test", *, best: bool = False) -> str:
+    """Errors of each arm, and their change against plain training by seed.
+
+    Args:
+        best: also the lowest held-out force error that each run had at any time.
+    """
 
     def error(name: str) -> Callable[[Record], float | None]:
         return lambda record: _milli(record, name, split) if name in record["scores"][split] else None
@@ -117,38 +125,37 @@ def arms_table(records: list[Record], split: str = "test") -> str:
             "steps": lambda r: r["run"]["length"]["steps"],
         },
         {"force MAE, meV/Å": error("force_mae"), "energy MAE, meV/atom": error("energy_mae")},
-        notes={"learning rate": _rates, "last fifth": _last_fifth},
+        notes={"learning rate": _rates, "last fifth": _last_fifth}
+        | ({"lowest held-out force MAE": _lowest} if best else {}),
     )
 
 
-def groups_table(records: list[Record], group: str) -> str:
-    """Energy errors of one group of test structures and of the others, of runs that have errors by group."""
+def groups_table(records: list[Record]) -> str:
+    """Energy errors of each group of test structures, of runs that have errors by group."""
 
-    def energy(inside: bool) -> Callable[[Record], float | None]:
-        return lambda record: _milli_of_groups(record, lambda name: (name == group) == inside)
+    def energy(group: str) -> Callable[[Record], float | None]:
+        return lambda record: 1000 * record["scores"]["test_groups"][group]["energy_mae"]
 
-    known = [record for record in records if group in record["scores"].get("test_groups", {})]
+    groups = sorted({name for record in records for name in record["scores"]["test_groups"]})
     return errors_table(
-        known,
+        records,
         {
             "data": lambda r: r["run"]["data"],
             "labels": number_of_labels,
             "steps": lambda r: r["run"]["length"]["steps"],
             "energy heads": lambda r: "quiet" if r["run"].get("quiet_heads", True) else "the host's",
         },
-        {f"{group}: energy MAE, meV/atom": energy(True), "the others": energy(False)},
+        {group: energy(group) for group in groups},
+        changes=False,
     )
-
-
-def _milli_of_groups(record: Record, chosen: Callable[[str], bool]) -> float:
-    """Energy error over the test structures of the chosen groups, meV per atom."""
-    groups = [group for name, group in record["scores"]["test_groups"].items() if chosen(name)]
-    count = sum(group["structures"] for group in groups)
-    return 1000 * sum(group["structures"] * group["energy_mae"] for group in groups) / count
 
 
 def _rates(records: list[Record]) -> str:
     return ", ".join(dict.fromkeys(f"{record['run']['length']['lr']:g}" for record in records))
+
+
+def _lowest(records: list[Record]) -> str:
+    return spread([1000 * min(point["force_mae"] for point in record["scores"]["curve"]) for record in records])
 
 
 def _last_fifth(records: list[Record]) -> str:

@@ -81,19 +81,24 @@ def test_arms_stand_beside_plain_training_of_the_same_labels() -> None:
     assert "| 100.0, 200.0 | -50, +100 % |" in lines[1]
 
 
-def test_energies_of_a_group_stand_beside_those_of_all_other_structures() -> None:
-    records = [record("plain", 0, 0.2), record("DeNS", 0, 0.2), record("SCD", 0, 0.2)]
-    for line, surfaces in zip(records, (0.1, 0.3), strict=False):
-        line["scores"]["test_groups"] = {
-            "Bulk": {"structures": 3, "energy_mae": 0.01},
-            "Surface": {"structures": 2, "energy_mae": surfaces},
-            "Vacancy": {"structures": 1, "energy_mae": 0.03},
-        }
-    lines = tables.groups_table(records, "Surface").splitlines()[2:]
-    assert lines == [
-        "| Mo | 12 | 300 | quiet | plain | 1 | 100.0 |  | 15.0 |  |",
-        "| Mo | 12 | 300 | quiet | DeNS | 1 | 300.0 | +200 % | 15.0 | +0 % |",
+def test_energies_of_each_group_of_structures_have_a_column() -> None:
+    records = [record("plain", 0, 0.2), record("DeNS", 0, 0.2)]
+    for line, surfaces in zip(records, (0.1, 0.3), strict=True):
+        line["scores"]["test_groups"] = {"Bulk": {"energy_mae": 0.01}, "Surface": {"energy_mae": surfaces}}
+    lines = tables.groups_table(records).splitlines()
+    assert lines[0].endswith("| training | seeds | Bulk | Surface |")
+    assert lines[2:] == [
+        "| Mo | 12 | 300 | quiet | plain | 1 | 10.0 | 100.0 |",
+        "| Mo | 12 | 300 | quiet | DeNS | 1 | 10.0 | 300.0 |",
     ]
+
+
+def test_the_lowest_held_out_error_is_that_of_the_best_checkpoint() -> None:
+    lines = [record("plain", 0, 0.2), record("DeNS", 0, 0.1)]
+    for line in lines:
+        errors = (0.4, 0.3, 0.35)
+        line["scores"]["curve"] = [{"step": i, "energy_mae": 1.0, "force_mae": e} for i, e in enumerate(errors)]
+    assert "| 300.0 | 200.0 |" in tables.arms_table(lines, best=True)
 
 
 def test_the_last_fifth_of_a_curve_tells_whether_errors_still_fell() -> None:
