@@ -144,13 +144,13 @@ def components_table(found: Sequence[Group]) -> str:
 def draw_components(found: Sequence[Group], path: Path) -> None:
     """Shares of the noise that the condition explains, against the number of atoms; mean over seeds.
 
-    Of each model and data set the longest runs.
+    Of each model and data set the longest runs. Models other than PaiNN have hollow marks.
     """
     found = [g for g in found if g.steps == max(h.steps for h in found if _kind(h) == _kind(g))]
     forms = [form for form in ("embedding", "difference") if any(g.told == form for g in found)]
     kinds = sorted({(g.data, g.model) for g in found})
     hues = dict(zip(sorted({g.data for g in found}), cycle(style.COLORS), strict=False))
-    shapes = dict(zip(kinds, cycle(style.MARKERS), strict=False))
+    shapes = dict(zip(hues, cycle(style.MARKERS), strict=False))
     figure = style.new_figure(style.DOUBLE, 2.6)
     panels = figure.subplots(1, len(forms), sharey=True, squeeze=False)[0]
     for axes, form in zip(panels, forms, strict=True):
@@ -166,7 +166,8 @@ def draw_components(found: Sequence[Group], path: Path) -> None:
                 capsize=2,
                 linestyle="none",
                 color=hues[data],
-                marker=shapes[data, model],
+                marker=shapes[data],
+                markerfacecolor=hues[data] if model.startswith("painn") else "white",
                 label=f"{data}, {model}".replace("_", " "),
             )
         low, high = (of(float(g.atoms.mean()) for g in found) for of in (min, max))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -58,21 +59,28 @@ def draw_labels(records: list[Record], path: Path) -> None:
 
 
 def draw_curves(records: list[Record], path: Path) -> None:
-    """Held-out force errors against steps, mean over seeds, with the range of them."""
+    """Held-out force errors against steps, mean over seeds, with the range of them; not the steep fall at the start."""
     datas = sorted({r["run"]["data"] for r in records})
-    figure = style.new_figure(style.DOUBLE, 2.6)
+    looks = dict(zip(dict.fromkeys(r["run"]["arm"] for r in records), range(len(style.COLORS)), strict=False))
+    figure = style.new_figure(style.DOUBLE, 3.2)
     for axes, data in zip(figure.subplots(1, len(datas), squeeze=False)[0], datas, strict=True):
         groups = by_seed((r for r in records if r["run"]["data"] == data), lambda r: r["run"]["arm"])
-        for i, (arm, seeds) in enumerate(groups.items()):
+        lowest = math.inf
+        for arm, seeds in groups.items():
+            i = looks[arm]
             curves = [[1000 * point["force_mae"] for point in r["scores"]["curve"]] for r in seeds.values()]
             steps = [point["step"] for point in next(iter(seeds.values()))["scores"]["curve"]]
             low, high = zip(*((min(c), max(c)) for c in zip(*curves, strict=True)), strict=True)
             means = [statistics.mean(c) for c in zip(*curves, strict=True)]
             axes.plot(steps, means, color=style.COLORS[i], linestyle=style.LINES[i % len(style.LINES)], label=arm)
             axes.fill_between(steps, low, high, color=style.COLORS[i], alpha=0.2, linewidth=0)
+            lowest = min(lowest, *low)
         axes.set(yscale="log", xlabel="steps", ylabel="held-out force MAE, meV/Å", title=data)
+        axes.set_ylim(0.98 * lowest, 1.3 * lowest)
         plain_ticks(axes)
-    axes.legend()
+    known = [axes.get_legend_handles_labels() for axes in figure.axes]
+    handles = {label: handle for found in known for handle, label in zip(*found, strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize="small")
     style.save(figure, path, force=True)
 
 
