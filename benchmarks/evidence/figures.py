@@ -87,24 +87,23 @@ def draw_curves(records: list[Record], path: Path) -> None:
 def draw_ladder(records: list[Record], path: Path) -> None:
     """Noise errors of PaiNN against steps, told the right embedding, another's or none, beside plain denoising.
 
-    Of each data set its longest runs, and a line at the best that can be said without a condition, where it is known.
+    Of each data set and form the longest runs, and a line at the best that can be said without a condition, where that
+    is known. The form with a mask token is left to the table.
     """
     best = {r["run"]["data"]: r["scores"]["curve"][-1]["none"][0] for r in records if r["run"]["form"] == SHRINKAGE}
     records = [r for r in records if r["run"]["form"] != SHRINKAGE and r["run"]["model"]["backbone"] == "painn"]
-    records = longest(records)
-    forms = [
-        form for form in ("embedding", "mask token", "difference") if any(r["run"]["form"] == form for r in records)
-    ]
+    forms = [form for form in ("embedding", "difference") if any(r["run"]["form"] == form for r in records)]
     datas = list(dict.fromkeys(r["run"]["data"] for r in records))
     figure = style.new_figure(style.DOUBLE, 2.1 * len(datas))
     panels = figure.subplots(len(datas), len(forms), squeeze=False, sharey="row", sharex="row")
     for row, data in zip(panels, datas, strict=True):
         for axes, form in zip(row, forms, strict=True):
-            shown = [r for r in records if r["run"]["data"] == data and r["run"]["form"] in (form, "plain")]
-            if all(r["run"]["form"] == "plain" for r in shown):
+            of_data = [r for r in records if r["run"]["data"] == data and r["run"]["form"] in (form, "plain")]
+            lengths = [r["run"]["length"]["steps"] for r in of_data if r["run"]["form"] == form]
+            if not lengths:
                 axes.set_visible(False)
                 continue
-            for record in shown:
+            for record in (r for r in of_data if r["run"]["length"]["steps"] == max(lengths)):
                 for i, told in enumerate(("right", "other", "none")):
                     _draw_told(axes, record, told, i)
             if data in best:
@@ -115,15 +114,6 @@ def draw_ladder(records: list[Record], path: Path) -> None:
     handles = {label: handle for found in known for handle, label in zip(*found, strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     style.save(figure, path, force=True)
-
-
-def longest(records: list[Record]) -> list[Record]:
-    """The runs of each data set that were to have the most steps there."""
-    most: dict[str, int] = {}
-    for record in records:
-        data, steps = record["run"]["data"], record["run"]["length"]["steps"]
-        most[data] = max(steps, most.get(data, 0))
-    return [record for record in records if record["run"]["length"]["steps"] == most[record["run"]["data"]]]
 
 
 _TOLD = {"right": "told the right one", "other": "told another's", "none": "told none"}
