@@ -114,14 +114,17 @@ def of_several_budgets(learning: list[Record]) -> list[Record]:
 def parted(condition: Sequence[Record]) -> tuple[list[Record], list[Record], list[Record]]:
     """The ladder of data, the frontier and the levers, of the results of `evidence.condition`.
 
-    The usual runs of the last two are the same, and may have been done for either.
+    The usual runs of the last two are the same, and may have been done for either. Their runs on other data or of other
+    backbones count as of the ladder.
     """
     seeds = sorted({record["run"]["seed"] for record in condition})
-    named: dict[str, list[Record]] = {"frontier": [], "levers": []}
-    ladder = [record for record in condition if record["suite"] not in named]
-    for name in {record["suite"] for record in condition} & named.keys():
-        wanted = keys_of(suite(name, seeds, None, None))
-        named[name] = [record for record in condition if key_of(record["run"]) in wanted]
+    wanted = {name: keys_of(suite(name, seeds, None, None)) for name in ("frontier", "levers")}
+    known = {record["suite"] for record in condition}
+    named = {
+        name: [record for record in condition if key_of(record["run"]) in keys] if name in known else []
+        for name, keys in wanted.items()
+    }
+    ladder = [record for record in condition if key_of(record["run"]) not in set().union(*wanted.values())]
     return ladder, named["frontier"], named["levers"]
 
 
