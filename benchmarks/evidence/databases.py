@@ -42,19 +42,18 @@ def read(name: str, folder: Path) -> tuple[list[Atoms], list[Atoms]]:
 
 def read_file(path: Path) -> list[Atoms]:
     """The structures of an ASE database with their labels, molecules in a cell; `group_of` names their groups."""
+    found = []
     with ase.db.connect(str(path)) as db:
-        return [_in_group(repeated(row.toatoms()), row.get("group")) for row in db.select()]
+        for row in db.select():
+            atoms = repeated(row.toatoms())
+            atoms.info["group"] = row.get("group")
+            found.append(atoms)
+    return found
 
 
 def group_of(atoms: Atoms) -> str | None:
     """The kind of structure that its database calls it, such as Surface or Vacancy; None: it says nothing."""
     return atoms.info.get("group")
-
-
-def _in_group(atoms: Atoms, group: str | None) -> Atoms:
-    if group is not None:
-        atoms.info["group"] = group
-    return atoms
 
 
 def repeated(atoms: Atoms) -> Atoms:

@@ -61,13 +61,13 @@ def draw_labels(records: list[Record], path: Path) -> None:
 def draw_curves(records: list[Record], path: Path) -> None:
     """Held-out force errors against steps, mean over seeds, with the range of them; not the steep fall at the start."""
     datas = sorted({r["run"]["data"] for r in records})
-    looks = dict(zip(dict.fromkeys(r["run"]["arm"] for r in records), range(len(style.COLORS)), strict=False))
+    arms = list(dict.fromkeys(r["run"]["arm"] for r in records))
     figure = style.new_figure(style.DOUBLE, 3.2)
     for axes, data in zip(figure.subplots(1, len(datas), squeeze=False)[0], datas, strict=True):
         groups = by_seed((r for r in records if r["run"]["data"] == data), lambda r: r["run"]["arm"])
         lowest = math.inf
         for arm, seeds in groups.items():
-            i = looks[arm]
+            i = arms.index(arm)
             curves = [[1000 * point["force_mae"] for point in r["scores"]["curve"]] for r in seeds.values()]
             steps = [point["step"] for point in next(iter(seeds.values()))["scores"]["curve"]]
             low, high = zip(*((min(c), max(c)) for c in zip(*curves, strict=True)), strict=True)
@@ -78,9 +78,7 @@ def draw_curves(records: list[Record], path: Path) -> None:
         axes.set(yscale="log", xlabel="steps", ylabel="held-out force MAE, meV/Å", title=data)
         axes.set_ylim(0.98 * lowest, 1.3 * lowest)
         plain_ticks(axes)
-    known = [axes.get_legend_handles_labels() for axes in figure.axes]
-    handles = {label: handle for found in known for handle, label in zip(*found, strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize="small")
+    _legend_below(figure, ncols=2, fontsize="small")
     style.save(figure, path, force=True)
 
 
@@ -110,10 +108,15 @@ def draw_ladder(records: list[Record], path: Path) -> None:
                 axes.axhline(best[data], color=style.OTHER, label="best without a condition, by theory", zorder=0)
             axes.set(title=f"{data.replace('_', ' ')}: {form}", xlabel="steps")
         row[0].set_ylabel("noise error, MSE / σ²")
-    known = [axes.get_legend_handles_labels() for axes in panels.flat]
-    handles = {label: handle for found in known for handle, label in zip(*found, strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    _legend_below(figure, ncols=3)
     style.save(figure, path, force=True)
+
+
+def _legend_below(figure: Any, **looks: Any) -> None:
+    """One legend for all panels, each label once."""
+    known = [axes.get_legend_handles_labels() for axes in figure.axes]
+    handles = {label: handle for found in known for handle, label in zip(*found, strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", **looks)
 
 
 _TOLD = {"right": "told the right one", "other": "told another's", "none": "told none"}

@@ -124,7 +124,8 @@ def parted(condition: Sequence[Record]) -> tuple[list[Record], list[Record], lis
         name: [record for record in condition if key_of(record["run"]) in keys] if name in known else []
         for name, keys in wanted.items()
     }
-    ladder = [record for record in condition if key_of(record["run"]) not in set().union(*wanted.values())]
+    elsewhere = set().union(*wanted.values())
+    ladder = [record for record in condition if key_of(record["run"]) not in elsewhere]
     return ladder, named["frontier"], named["levers"]
 
 
