@@ -65,7 +65,18 @@ def tokens(model: Any) -> None:
         block.__class__, block.choice = _ReadsTokens, nn.Linear(channels, TOKENS)
 
 
-class _Tokens(ConditionHead):
+class _Vectors(ConditionHead):
+    """An embedding of several vectors a structure, [B, count · C]."""
+
+    count: int
+
+    def condition(self, embedding: Tensor, conditioned: Tensor) -> Tensor:
+        return self.norm(embedding.unflatten(1, (self.count, -1))).float().flatten(1)
+
+
+class _Tokens(_Vectors):
+    count = TOKENS
+
     def forward(self, scalars: Tensor, batch: Tensor, size: int) -> Tensor:
         atoms = self.atoms(scalars).float()
         # No score is so large that its exponential is none: a softmax without the usual shift.
@@ -74,9 +85,6 @@ class _Tokens(ConditionHead):
         values = weights[:, :, None] * atoms[:, None, :]
         pooled = values.new_zeros(size, *values.shape[1:]).index_add(0, batch, values) / total[:, :, None].clamp(1e-9)
         return self.structure(pooled).float().flatten(1)
-
-    def condition(self, embedding: Tensor, conditioned: Tensor) -> Tensor:
-        return self.norm(embedding.unflatten(1, (TOKENS, -1))).float().flatten(1)
 
 
 class _ReadsTokens(BlockModulation):
@@ -105,15 +113,14 @@ class _Numbers:
         self.of_pass = inputs[0].long()
 
 
-class _ByElement(ConditionHead):
+class _ByElement(_Vectors):
+    count = ELEMENTS
+
     def forward(self, scalars: Tensor, batch: Tensor, size: int) -> Tensor:
         atoms = self.atoms(scalars).float()
         place = batch * ELEMENTS + self.numbers.of_pass
         pooled = atoms.new_zeros(size * ELEMENTS, atoms.shape[1]).index_add(0, place, atoms)
         return self.structure(pooled).float().view(size, -1)
-
-    def condition(self, embedding: Tensor, conditioned: Tensor) -> Tensor:
-        return self.norm(embedding.unflatten(1, (ELEMENTS, -1))).float().flatten(1)
 
 
 class _ReadsItsElement(BlockModulation):
