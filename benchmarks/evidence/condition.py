@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,59 +28,13 @@ import torch
 
 from benchmarks.command_line import parser_of
 from benchmarks.common import existing_folder
-from benchmarks.evidence import forms, structures
+from benchmarks.evidence import structures
+from benchmarks.evidence.forms import FORMS
 from benchmarks.evidence.learning import EQUIFORMER
-from benchmarks.evidence.noise import shrinkage_errors, summary, told_differences
+from benchmarks.evidence.noise import shrinkage_errors, summary
 from benchmarks.evidence.results import Results, environment
 from benchmarks.evidence.study import add_options, begin
 from benchmarks.evidence.trained import JUDGED, Length, Model, denoiser, watch_denoising
-
-
-@dataclass(frozen=True)
-class Form:
-    """A form of SCD's condition.
-
-    Attributes:
-        scd: settings of `task.denoising.scd`.
-        change: what is done to the model, for forms that the package does not have.
-        change_task: what is done to the trainer's task.
-    """
-
-    scd: dict[str, Any] = field(default_factory=dict)
-    change: Callable[[Any], None] | None = None
-    change_task: Callable[[Any], None] | None = None
-
-
-LEVERS = {
-    "mask token": Form({"null_condition": "mask_token"}),
-    "condition never dropped": Form({"condition_drop": 0.0}),
-    "condition dropped half of the time": Form({"condition_drop": 0.5}),
-    "no gradient through the embedding": Form({"stop_gradient_condition": True}),
-    "clean view without noise": Form({"std_reg": 0.0}),
-    "clean view with noise of 0.02 Å": Form({"std_reg": 0.02}),
-    "standardised": Form(change=forms.standardised),
-    "moments": Form(change=forms.moments),
-    "modulation not zero at first": Form(change=forms.started),
-    "four vectors, pooled and read by attention": Form(change=forms.tokens),
-    "pooled by element": Form(change=forms.by_element),
-    "into the input features too": Form(change=forms.into_the_input),
-    "into the update layers too": Form(change=forms.update_layers),
-    "gates of vector features too": Form(change=forms.vector_gates),
-    "shift, scale and gate of the condition alone": Form(change=forms.condition_alone),
-    "five times the learning rate": Form(change=forms.faster),
-    "dropped by atom": Form({"condition_drop": 0.0}, forms.dropped_by_atom),
-    "contrastive term": Form(change=forms.contrastive),
-    "σ from large to small": Form(change_task=forms.from_large_noise),
-    "five of these together": Form(change=forms.together, change_task=forms.from_large_noise),
-}
-"""Forms that differ from the package's in one thing; `mask token` is the authors'."""
-FORMS = {
-    "plain": Form({"condition": []}),
-    "difference": Form(change=told_differences),
-    "embedding": Form(),
-    **LEVERS,
-}
-"""By name: no condition, `noise.DifferenceHydra`, the package's, and others."""
 
 SHRINKAGE = "shrinkage"
 """Not a model: the best that can be said of the noise without a condition, on cells made here."""
@@ -94,7 +48,7 @@ class Run:
 
     Attributes:
         data: name in `structures`.
-        form: one of `FORMS`.
+        form: one of `FORMS`, or `SHRINKAGE`.
         std: σ, Å.
         count: number of training structures; None: all.
     """
@@ -195,7 +149,6 @@ def train(run: Run, folder: Path | None) -> dict[str, Any]:
     """Train and judge one run."""
     splits = structures.load(run.data, folder)
     held_out = splits.held_out[:JUDGED]
-    form = FORMS.get(run.form, FORMS["plain"])
     with tempfile.TemporaryDirectory() as work:
         trainer = denoiser(
             run.model,
@@ -203,12 +156,10 @@ def train(run: Run, folder: Path | None) -> dict[str, Any]:
             splits.labelled(run.count, run.seed),
             held_out,
             Path(work),
-            scd={"std": run.std, **form.scd},
-            change=form.change,
+            form=FORMS.get(run.form, FORMS["plain"]),
+            std=run.std,
             seed=run.seed,
         )
-        if form.change_task is not None:
-            form.change_task(trainer.tasks["scd"])
         if run.form != SHRINKAGE:
             return watch_denoising(trainer, 4)
         cells = structures.CELLS[run.data]

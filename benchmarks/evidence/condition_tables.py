@@ -109,7 +109,7 @@ def pretraining_of(record: Record) -> tuple[str, str, int, float, int]:
     """Data, model, steps, σ in Å, and seed of a pre-training."""
     run = record["run"]
     before = run["pretraining"]
-    return run["data"], model_of(record), before["length"]["steps"], before["scd"]["std"], before["seed"]
+    return run["data"], model_of(record), before["length"]["steps"], before["std"], before["seed"]
 
 
 def model_of(record: Record) -> str:
@@ -119,10 +119,7 @@ def model_of(record: Record) -> str:
 
 def told_of(record: Record) -> str:
     """The form of a pre-training's condition; "plain": it has none."""
-    before = record["run"]["pretraining"]
-    if before["scd"].get("condition") == []:
-        return "plain"
-    return "difference" if before["difference"] else "embedding"
+    return record["run"]["pretraining"]["form"]
 
 
 def probes_table(records: list[Record]) -> str:

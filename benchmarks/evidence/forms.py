@@ -1,4 +1,4 @@
-"""Other forms of SCD's condition, which `benchmarks.evidence.condition` compares with the package's.
+"""Forms of SCD's condition, which the studies compare with the package's.
 
 Each function changes a `DenoisingHydra` in place, before it is trained; `from_large_noise` changes the trainer's task.
 Without a condition all of them compute what the host's plain model computes. Those that reach into the backbone know
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from benchmarks.evidence.noise import mean_of_structures
+from benchmarks.evidence.noise import mean_of_structures, told_differences
 from fairchem_scd.denoising.conditions import BoundModulation, ConditionHead, Modulation
 from fairchem_scd.denoising.conditions.modulation import BlockModulation
 from fairchem_scd.denoising.corruption import Corruption
@@ -346,3 +346,53 @@ def _blocks(model: Any) -> nn.ModuleList:
 def _seen(scalars: Tensor) -> Tensor:
     """What a modulation sees of the l = 0 features."""
     return functional.layer_norm(scalars.detach().float(), scalars.shape[-1:])
+
+
+# --- their names ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of SCD's condition.
+
+    Attributes:
+        scd: settings of `task.denoising.scd`.
+        change: what is done to the model, for forms that the package does not have.
+        change_task: what is done to the trainer's task.
+    """
+
+    scd: dict[str, Any] = field(default_factory=dict)
+    change: Callable[[Any], None] | None = None
+    change_task: Callable[[Any], None] | None = None
+
+
+LEVERS = {
+    "mask token": Form({"null_condition": "mask_token"}),
+    "condition never dropped": Form({"condition_drop": 0.0}),
+    "condition dropped half of the time": Form({"condition_drop": 0.5}),
+    "no gradient through the embedding": Form({"stop_gradient_condition": True}),
+    "clean view without noise": Form({"std_reg": 0.0}),
+    "clean view with noise of 0.02 Å": Form({"std_reg": 0.02}),
+    "standardised": Form(change=standardised),
+    "moments": Form(change=moments),
+    "modulation not zero at first": Form(change=started),
+    "four vectors, pooled and read by attention": Form(change=tokens),
+    "pooled by element": Form(change=by_element),
+    "into the input features too": Form(change=into_the_input),
+    "into the update layers too": Form(change=update_layers),
+    "gates of vector features too": Form(change=vector_gates),
+    "shift, scale and gate of the condition alone": Form(change=condition_alone),
+    "five times the learning rate": Form(change=faster),
+    "dropped by atom": Form({"condition_drop": 0.0}, dropped_by_atom),
+    "contrastive term": Form(change=contrastive),
+    "σ from large to small": Form(change_task=from_large_noise),
+    "five of these together": Form(change=together, change_task=from_large_noise),
+}
+"""Forms that differ from the package's in one thing; `mask token` is the authors'."""
+FORMS = {
+    "plain": Form({"condition": []}),
+    "difference": Form(change=told_differences),
+    "embedding": Form(),
+    **LEVERS,
+}
+"""By name: no condition, `noise.DifferenceHydra`, the package's, and others."""

@@ -106,13 +106,14 @@ TASKS: dict[str, dict[str, Any]] = {
 """The `task.denoising` block of each arm that denoises beside the labels; any other arm has none."""
 
 STARTS: dict[str, dict[str, Any]] = {
-    "plain denoising": {"scd": {"condition": [], "std": 0.04}},
-    "SCD": {"scd": {"std": 0.04}},
-    "difference form": {"scd": {"std": 0.04}, "difference": True},
-    "plain denoising twice as long": {"scd": {"condition": [], "std": 0.04}, "times": 2},
-    "plain denoising, σ 0.02": {"scd": {"condition": [], "std": 0.02}},
-    "plain denoising, σ 0.1": {"scd": {"condition": [], "std": 0.1}},
-    "plain denoising, σ 0.2": {"scd": {"condition": [], "std": 0.2}},
+    "plain denoising": {"form": "plain"},
+    "SCD": {"form": "embedding"},
+    "difference form": {"form": "difference"},
+    "SCD, standardised": {"form": "standardised"},
+    "plain denoising twice as long": {"form": "plain", "times": 2},
+    "plain denoising, σ 0.02": {"form": "plain", "std": 0.02},
+    "plain denoising, σ 0.1": {"form": "plain", "std": 0.1},
+    "plain denoising, σ 0.2": {"form": "plain", "std": 0.2},
 }
 """Pre-trainings, each an arm called `START, then TASK`.
 
@@ -162,7 +163,7 @@ class Suite:
 
     def pretraining(self, seed: int, start: str) -> Pretraining:
         """The pre-training of one of `STARTS`."""
-        how = dict(STARTS[start])
+        how = {"std": 0.04, **STARTS[start]}
         length = replace(self.before, steps=how.pop("times", 1) * self.before.steps)
         return Pretraining(length=length, seed=seed, **how)
 
@@ -256,7 +257,7 @@ SUITES = {
     ),
     "equiformer_molecules": replace(
         _MOLECULES,
-        arms=(PLAIN, *PRETRAINED[:2]),
+        arms=(PLAIN, *(f"{start}, then {PLAIN}" for start in ("plain denoising", "SCD", "SCD, standardised"))),
         model=replace(EQUIFORMER, radius=4.5, neighbors=60),
         lengths=(Length(1000, 8, 1e-3),),
         before=Length(1500, 16, 1e-3, weight_decay=0.01, clip=1.0),

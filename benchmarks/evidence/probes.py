@@ -27,6 +27,7 @@ from ase import Atoms
 from benchmarks.command_line import parser_of
 from benchmarks.common import existing_folder
 from benchmarks.evidence import databases, learning, structures
+from benchmarks.evidence.forms import FORMS
 from benchmarks.evidence.results import Results, environment, key_of
 from benchmarks.evidence.structures import KeptAseDB, Splits
 from benchmarks.evidence.study import add_options, begin
@@ -152,7 +153,8 @@ def checkpoint_of(run: Run, learned: Results, folder: Path, splits: Splits, kept
         return path if path.exists() else None
     if run.arm == UNTRAINED:
         nothing = Length(1, 4, 1e-3)
-        trainer = denoiser(run.model, nothing, splits.train[:8], splits.held_out[:8], folder, scd={}, seed=run.seed)
+        rows = splits.train[:8], splits.held_out[:8]
+        trainer = denoiser(run.model, nothing, *rows, folder, form=FORMS["embedding"], std=0.04, seed=run.seed)
         return Path(trainer.save(checkpoint_file="untrained.pt", training_state=False))
     before = learning.SUITES[SUITES[run.data]].before
     length = Length(before.steps, before.batch_size, before.lr)

@@ -239,7 +239,7 @@ def passed(run: Record) -> int:
     count = run["length"]["steps"] * run["length"]["batch_size"]
     before = run["pretraining"]
     if before is not None:
-        passes = 1 if before["scd"].get("condition") == [] else 2
+        passes = 1 if before["form"] == "plain" else 2
         count += passes * before["length"]["steps"] * before["length"]["batch_size"]
     return count
 

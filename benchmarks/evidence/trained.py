@@ -20,8 +20,9 @@ from torch.utils.data import Subset
 
 from benchmarks.common import DENOISING, PLAIN, hydra, make_trainer, training
 from benchmarks.evidence.databases import group_of
+from benchmarks.evidence.forms import FORMS, Form
 from benchmarks.evidence.neighbors import KeptNeighbors
-from benchmarks.evidence.noise import judge, told_differences
+from benchmarks.evidence.noise import judge
 from benchmarks.evidence.results import Results, key_of
 from benchmarks.evidence.structures import KeptAseDB, Splits, write
 from fairchem_scd.denoising.quiet_heads import quieten as quieten_heads
@@ -85,14 +86,14 @@ class Pretraining:
     """Denoising of structures alone.
 
     Attributes:
-        scd: settings of `task.denoising.scd`.
-        difference: blocks are told differences (`noise.DifferenceHydra`).
+        form: of the condition, one of `forms.FORMS`.
+        std: σ, Å.
     """
 
-    scd: dict[str, Any]
+    form: str
+    std: float
     length: Length
     seed: int
-    difference: bool = False
 
 
 class Watch:
@@ -282,16 +283,17 @@ def denoiser(
     held_out: Sequence[Atoms],
     folder: Path,
     *,
-    scd: Mapping[str, Any],
+    form: Form,
+    std: float,
     seed: int,
-    change: Callable[[Any], None] | None = None,
 ) -> Any:
     """A trainer of denoising alone, which reads no labels.
 
     Args:
-        change: makes the model another, in place, before the host makes an optimiser for its weights.
+        form: of the condition; a model is changed before the host makes an optimiser for its weights.
+        std: σ, Å.
     """
-    with _changed(change):
+    with _changed(form.change):
         trainer = make_trainer(
             DENOISING,
             model.block(),
@@ -305,11 +307,13 @@ def denoiser(
             },
             length.optim(len(structures)),
             seed=seed,
-            denoising={"scd": dict(scd)},
+            denoising={"scd": {"std": std, **form.scd}},
             supervised=False,
             folder=folder,
         )
     KeptNeighbors(trainer._unwrapped_model.backbone)
+    if form.change_task is not None:
+        form.change_task(trainer.tasks["scd"])
     return trainer
 
 
@@ -363,9 +367,9 @@ def pretrain(model: Model, how: Pretraining, splits: Splits, checkpoint: Path) -
             splits.train,
             splits.held_out[:JUDGED],
             Path(folder),
-            scd=how.scd,
+            form=FORMS[how.form],
+            std=how.std,
             seed=how.seed,
-            change=told_differences if how.difference else None,
         )
         batch = next(iter(trainer.train_loader))
         assert not {"energy", "forces"} & set(batch.keys()), "labels were read in pre-training"

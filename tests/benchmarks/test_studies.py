@@ -73,7 +73,7 @@ def test_options_narrow_a_suite_down() -> None:
     ]
     assert runs[0].pretraining is None
     assert runs[1].pretraining == runs[-1].pretraining
-    assert (runs[1].pretraining.scd, runs[1].pretraining.seed) == ({"std": 0.04}, 3)
+    assert (runs[1].pretraining.form, runs[1].pretraining.std, runs[1].pretraining.seed) == ("embedding", 0.04, 3)
 
 
 def test_plain_denoising_twice_as_long_passes_as_many_structures_as_scd() -> None:

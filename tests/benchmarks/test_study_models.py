@@ -149,7 +149,7 @@ def test_shrinkage_leaves_of_the_noise_what_its_formula_says() -> None:
     assert abs(found.mean() - expected) < 3 * found.std() / 400**0.5
 
 
-@pytest.mark.parametrize("form", condition.LEVERS)
+@pytest.mark.parametrize("form", forms.LEVERS)
 def test_other_forms_are_without_a_condition_the_plain_model_before_and_after_a_pass(form: str, batch: Any) -> None:
     expected = hydra("painn", scd={}, self_supervised=True)(batch)["forces"]
     model = changed(form)
@@ -223,7 +223,7 @@ def test_faster_weights_take_five_times_the_step() -> None:
 
 def test_noise_falls_from_four_times_its_size(batch: Any) -> None:
     task, usual = (changed("embedding").denoising_tasks["scd"] for _ in range(2))
-    condition.FORMS["σ from large to small"].change_task(task)
+    forms.FORMS["σ from large to small"].change_task(task)
     seen = changed("embedding").structures_of(batch)
     for step, factor in ((7, 4.0), (257, 2.0), (507, 1.0), (900, 1.0), (VALIDATION, 1.0)):
         drawn, expected = (some.corrupt(seen, seed=0, step=step) for some in (task, usual))
@@ -298,8 +298,8 @@ def test_an_atom_is_told_of_its_own_element_alone() -> None:
 
 def changed(form: str) -> Any:
     """A small model with a form of the condition."""
-    model = hydra("painn", scd={"std": 0.1, "std_reg": 0.0, **condition.FORMS[form].scd}, self_supervised=True)
-    if (change := condition.FORMS[form].change) is not None:
+    model = hydra("painn", scd={"std": 0.1, "std_reg": 0.0, **forms.FORMS[form].scd}, self_supervised=True)
+    if (change := forms.FORMS[form].change) is not None:
         change(model)
     return model.eval()
 

@@ -184,8 +184,8 @@ def test_structures_passed_count_pretraining_and_both_passes_of_scd() -> None:
     length = {"steps": 300, "batch_size": 4}
     before = {"length": {"steps": 400, "batch_size": 8}}
     assert tables.passed({"length": length, "pretraining": None}) == 1200
-    assert tables.passed({"length": length, "pretraining": {**before, "scd": {"condition": []}}}) == 1200 + 3200
-    assert tables.passed({"length": length, "pretraining": {**before, "scd": {"std": 0.04}}}) == 1200 + 6400
+    assert tables.passed({"length": length, "pretraining": {**before, "form": "plain"}}) == 1200 + 3200
+    assert tables.passed({"length": length, "pretraining": {**before, "form": "embedding"}}) == 1200 + 6400
 
 
 def test_runs_of_few_labels_count_as_such_where_the_choice_of_rates_has_done_them() -> None:
