@@ -84,19 +84,21 @@ def judge(trainer: Any) -> dict[str, Any]:
 
     Returns:
         By what structures are told, the mean and its standard error; of the differences too. "structures": the errors
-        of each, and their numbers of "atoms". "dimensions": the participation ratio of what structures are told.
+        of each, and their numbers of "atoms". "dimensions" and "spread" of what structures are told, see
+        `ConditionReport`.
         Without a condition "none" alone.
     """
     atoms = [int(row.natoms) for row in trainer.val_dataset]
     if not trainer.tasks["scd"].settings.condition:
         return summary({"none": noise_errors(trainer)}, atoms)
     found = judged(trainer)
-    errors = {told: of_structures(found, told) for told in _TOLD}
+    errors, report = {told: of_structures(found, told) for told in _TOLD}, found.report()
     return {
         **summary(errors, atoms),
         "other_minus_right": _mean(errors["other"] - errors["right"]),
         "none_minus_right": _mean(errors["none"] - errors["right"]),
-        "dimensions": round(found.report().dimensions, 3),
+        "dimensions": round(report.dimensions, 3),
+        "spread": round(report.spread, 4),
     }
 
 

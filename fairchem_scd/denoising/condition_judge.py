@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairchem_scd.denoising.condition_report import ConditionReport, Errors, Gain, participation_ratio
+from fairchem_scd.denoising.condition_report import ConditionReport, Errors, Gain, participation_ratio, relative_spread
 from fairchem_scd.denoising.config_keys import key_of
 from fairchem_scd.denoising.corruption import Corruption
 from fairchem_scd.denoising.passes import DenoisingModel
@@ -169,13 +169,15 @@ class ConditionJudge:
         absolute = {told: sum(score.absolute[told] for score in scores) / components for told in _TOLD}
         mse = {told: torch.tensor([score.mse[told] for score in judged], dtype=torch.float64) for told in _TOLD}
         zero = sum(score.zero_mse for score in judged) / len(judged)
+        conditions = self.conditions()
         return ConditionReport(
             structures=len(judged),
             mae=Errors(**absolute, zero=sum(score.zero for score in scores) / components),
             mse=Errors(**{told: float(errors.mean()) for told, errors in mse.items()}, zero=zero),
             gain=Gain.of(mse["right"], mse["other"]),
             gain_over_none=Gain.of(mse["right"], mse["none"]),
-            dimensions=participation_ratio(self.conditions()),
+            dimensions=participation_ratio(conditions),
+            spread=relative_spread(conditions),
         )
 
     def conditions(self) -> Tensor:

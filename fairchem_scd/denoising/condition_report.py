@@ -75,6 +75,7 @@ class ConditionReport:
         gain_over_none: 1 − right / none, of `mse`. The model is trained without an embedding on a share
             `condition_drop` of the structures alone, so "none" is worse than what plain denoising would reach.
         dimensions: participation ratio of what the judged structures are told.
+        spread: `relative_spread` of the same.
     """
 
     structures: int
@@ -83,6 +84,7 @@ class ConditionReport:
     gain: Gain
     gain_over_none: Gain
     dimensions: float
+    spread: float
 
     @property
     def explained(self) -> Gain:
@@ -105,6 +107,7 @@ class ConditionReport:
             "denoising_condition_gain_over_none": self.gain_over_none.value,
             "denoising_condition_gain_over_none_error": self.gain_over_none.error,
             "denoising_condition_dimensions": self.dimensions,
+            "denoising_condition_spread": self.spread,
         }
 
     def sentence(self, *, supervised: bool) -> str:
@@ -134,7 +137,8 @@ class ConditionReport:
             f"Noise error of {self.structures} structures (mean square / σ²): {self.mse.right:.4f} told the right "
             f"embedding, {self.mse.other:.4f} told another structure's, {self.mse.none:.4f} told none, "
             f"{self.mse.zero:.4f} for predicting nothing. Gain over another structure's {self.gain}, over none "
-            f"{self.gain_over_none}. The embeddings vary in {self.dimensions:.1f} dimensions."
+            f"{self.gain_over_none}. The embeddings vary in {self.dimensions:.1f} dimensions, by "
+            f"{100 * self.spread:.0f} % of their size."
         )
 
 
@@ -148,3 +152,14 @@ def participation_ratio(samples: Tensor) -> float:
     covariance = centred.T @ centred
     square = covariance.square().sum()
     return float(covariance.trace().square() / square) if square > 0 else 0.0
+
+
+def relative_spread(samples: Tensor) -> float:
+    """How much samples [B, C] differ: their standard deviation over their root mean square, both over all components.
+
+    Between 0, where all are equal, and 1, where their mean is zero. Near 0 they can tell little apart, in however many
+    dimensions they vary.
+    """
+    samples = samples.double()
+    square = samples.square().mean()
+    return float((samples.var(dim=0, correction=0).mean() / square).sqrt()) if square > 0 else 0.0

@@ -53,6 +53,7 @@ JUDGED = {
     "val/denoising_condition_gain_over_none": 0.1,
     "val/denoising_condition_gain_over_none_error": 0.03,
     "val/denoising_condition_dimensions": 5.0,
+    "val/denoising_condition_spread": 0.4,
 }
 LOSS, FORCES, ENERGY, NOISE = "loss", "force error (eV/Å)", "energy error (eV)", "denoising error (Å)"
 GAIN = "condition's gain (%)"

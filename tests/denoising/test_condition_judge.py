@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fairchem_scd.denoising.condition_judge import ConditionJudge, keys_of, partners, structure_errors
-from fairchem_scd.denoising.condition_report import ConditionReport, Errors, Gain, participation_ratio
+from fairchem_scd.denoising.condition_report import ConditionReport, Errors, Gain, participation_ratio, relative_spread
 from fairchem_scd.denoising.conditions import SelfCondition
 from fairchem_scd.denoising.plan import NOISE, VALIDATION, Plan
 from fairchem_scd.denoising.structures import structures_of
@@ -199,6 +199,7 @@ def test_a_head_that_reads_the_condition_gains_what_it_is_told(telling, batches)
     assert report.mae.right == pytest.approx(report.mae.zero / 4, rel=1e-5)
     assert report.mae.zero == pytest.approx(float(telling.noise.abs().mean()), rel=1e-6)
     assert report.dimensions == pytest.approx(1)
+    assert 0 < report.spread <= 1
     assert "explains 93.8 ± 0.0 %" in report.sentence(supervised=False)
 
 
@@ -225,6 +226,7 @@ def test_the_result_does_not_depend_on_batches(batches):
         assert getattr(found.mse, told) == pytest.approx(getattr(expected.mse, told), rel=1e-5)
         assert getattr(found.mae, told) == pytest.approx(getattr(expected.mae, told), rel=1e-5)
     assert found.dimensions == pytest.approx(expected.dimensions, rel=1e-4)
+    assert found.spread == pytest.approx(expected.spread, rel=1e-4)
 
 
 def test_a_structure_that_comes_twice_counts_once():
@@ -347,6 +349,14 @@ def test_participation_ratio_counts_dimensions():
     assert participation_ratio(torch.ones(4, 3)) == 0
 
 
+def test_relative_spread_is_that_of_the_samples_against_their_size():
+    samples = torch.tensor([[3.0, 1.0], [3.0, -1.0]])  # standard deviations 0 and 1, mean squares 9 and 1
+    assert relative_spread(samples) == pytest.approx(math.sqrt(1 / 10))
+    assert relative_spread(5 * samples) == pytest.approx(relative_spread(samples))
+    assert relative_spread(samples - samples.mean(dim=0)) == pytest.approx(1)
+    assert relative_spread(torch.ones(4, 3)) == relative_spread(torch.zeros(4, 3)) == 0
+
+
 @pytest.mark.parametrize(
     ("gain", "over_none", "begins", "plain"),
     [
@@ -362,7 +372,7 @@ def test_participation_ratio_counts_dimensions():
 )
 def test_the_sentence_claims_no_more_than_three_standard_errors_and_the_smaller_gain(gain, over_none, begins, plain):
     errors = Errors(0.1, 0.2, 0.3, 0.4)
-    report = ConditionReport(9, errors, errors, Gain(*gain), Gain(*over_none), 2.0)
+    report = ConditionReport(9, errors, errors, Gain(*gain), Gain(*over_none), 2.0, 0.5)
     sentence = report.sentence(supervised=False)
     assert sentence.startswith(begins)
     assert ("plain denoising at twice the cost; see docs/pretraining.md." in sentence) == plain

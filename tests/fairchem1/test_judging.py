@@ -18,7 +18,7 @@ from tests.support.runs import folder_of, weights_of
 
 ERRORS = ["denoising_pos_mae", "denoising_pos_mae_other", "denoising_pos_mae_none", "denoising_pos_mae_zero"]
 GAINS = [f"denoising_condition_{name}{error}" for name in ("gain", "gain_over_none") for error in ("", "_error")]
-JUDGED = {*ERRORS, *GAINS, "denoising_condition_dimensions"}
+JUDGED = {*ERRORS, *GAINS, "denoising_condition_dimensions", "denoising_condition_spread"}
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ from tests.fairchem2.support import (
 
 ERRORS = ["denoising_pos_mae", "denoising_pos_mae_other", "denoising_pos_mae_none", "denoising_pos_mae_zero"]
 GAINS = [f"denoising_condition_{name}{error}" for name in ("gain", "gain_over_none") for error in ("", "_error")]
-JUDGED = {f"val/{name}" for name in (*ERRORS, *GAINS, "denoising_condition_dimensions")}
+JUDGED = {f"val/{name}" for name in (*ERRORS, *GAINS, "denoising_condition_dimensions", "denoising_condition_spread")}
 OF_PRETRAINING = {f"val/denoising_{name}" for name in ("pos_mae", "pos_mae_zero", "pos_loss", "left_out")}
 MIXTURE = {"direct": False, "stress": True, "experts": 2, "moe_dropout": 0.3, "activation_checkpointing": True}
 
