@@ -33,6 +33,30 @@ def standardised(model: Any) -> None:
     head.norm = nn.BatchNorm1d(head.norm.normalized_shape[0], affine=False)
 
 
+def running(model: Any) -> None:
+    """As `standardised`, by the running statistics in training too, not by those of each batch."""
+    head = _head(model)
+    head.norm = _Running(head.norm.normalized_shape[0])
+
+
+class _Running(nn.Module):
+    """Takes out a running mean and variance of its inputs [B, C], through which no gradient flows."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("moments", torch.zeros(2, channels))
+        self.register_buffer("batches", torch.zeros(()))
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.batches += 1
+                fresh = torch.stack([values.mean(dim=0), values.square().mean(dim=0)])
+                self.moments.lerp_(fresh, 1 / self.batches.clamp(max=100))
+        mean, square = self.moments.clone()
+        return (values - mean) / (square - mean.square() + 1e-5).sqrt()
+
+
 def moments(model: Any) -> None:
     """Half of the channels are pooled by their root mean square over the atoms, the others by their sum, as usual."""
     _head(model).__class__ = _Moments
@@ -374,6 +398,7 @@ LEVERS = {
     "clean view without noise": Form({"std_reg": 0.0}),
     "clean view with noise of 0.02 Å": Form({"std_reg": 0.02}),
     "standardised": Form(change=standardised),
+    "standardised by running statistics": Form(change=running),
     "moments": Form(change=moments),
     "modulation not zero at first": Form(change=started),
     "four vectors, pooled and read by attention": Form(change=tokens),
