@@ -191,7 +191,7 @@ _RATES: dict[str, Any] = {"budgets": ((24,),), "arms": (PLAIN, *PRETRAINED[:1]),
 _MOLECULES = replace(
     _FEW,
     data=("molecules",),
-    budgets=((96,), (24, 384)),
+    budgets=((96,), (24, 384), (12, 48, 192, None)),
     model=Model(radius=4.5, neighbors=60),
     lengths=(Length(1000, 8, 2e-3),),  # chosen likewise: the suite `molecule_rates`
     before=replace(_BEFORE, steps=2000, batch_size=32),
