@@ -24,6 +24,8 @@ from fairchem_scd.denoising.corruption import Corruption
 from fairchem_scd.denoising.plan import EMBEDDING, NOISE, VALIDATION, Plan
 from fairchem_scd.fairchem1.hydra import DenoisingHydra
 
+ELEMENTS = 100
+
 # --- what is told -----------------------------------------------------------------------------------------------------
 
 
@@ -44,6 +46,7 @@ class _Running(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.channels = channels
         self.register_buffer("moments", torch.zeros(2, channels))
         self.register_buffer("batches", torch.zeros(()))
 
@@ -55,6 +58,43 @@ class _Running(nn.Module):
                 self.moments.lerp_(fresh, 1 / self.batches.clamp(max=100))
         mean, square = self.moments.clone()
         return (values - mean) / (square - mean.square() + 1e-5).sqrt()
+
+
+def without_elements(model: Any) -> None:
+    """As `running`; and what an atom's features owe to its element is taken out before they are pooled.
+
+    The noisy structure has the same elements, so that they tell nothing of the noise. From each atom's features the
+    running mean over atoms of its element is subtracted, and the rest divided by its running root mean square, in place
+    of the first LayerNorm.
+    """
+    running(model)
+    head = _head(model)
+    head.__class__, head.numbers = _WithoutElements, _numbers_of(model)
+    head.atoms[0] = _Centred(head.norm.channels)
+
+
+class _WithoutElements(ConditionHead):
+    def forward(self, scalars: Tensor, batch: Tensor, size: int) -> Tensor:
+        self.atoms[0].numbers = self.numbers.of_pass
+        return super().forward(scalars, batch, size)
+
+
+class _Centred(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("means", torch.zeros(ELEMENTS + 1, channels))
+        self.register_buffer("seen", torch.zeros(ELEMENTS + 1, 1))
+        self.scale = _Running(channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features, numbers = features.float(), self.numbers
+        if self.training:
+            with torch.no_grad():
+                count = torch.bincount(numbers, minlength=len(self.means))[:, None].float()
+                fresh = torch.zeros_like(self.means).index_add_(0, numbers, features) / count.clamp(min=1)
+                self.seen += count > 0
+                self.means.lerp_(fresh, torch.where(count > 0, 1 / self.seen.clamp(1, 100), 0.0))
+        return self.scale(features - self.means[numbers].clone())
 
 
 def moments(model: Any) -> None:
@@ -118,23 +158,12 @@ class _ReadsTokens(BlockModulation):
         return super().forward(scalars, read, conditioned)
 
 
-ELEMENTS = 100
-
-
 def by_element(model: Any) -> None:
     """A vector for each element of a structure, pooled over its atoms; an atom is told that of its own element."""
-    head, numbers = _head(model), _Numbers()
+    head, numbers = _head(model), _numbers_of(model)
     head.__class__, head.numbers = _ByElement, numbers
     for block in _blocks(model):
         block.__class__, block.numbers = _ReadsItsElement, numbers
-    model.backbone.atom_emb.register_forward_pre_hook(numbers.note)
-
-
-class _Numbers:
-    """The atomic numbers [n] of the pass that is running."""
-
-    def note(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
-        self.of_pass = inputs[0].long()
 
 
 class _ByElement(_Vectors):
@@ -359,6 +388,19 @@ def from_large_noise(task: Any) -> None:
     task.corrupt = corrupt
 
 
+def _numbers_of(model: Any) -> _Numbers:
+    numbers = _Numbers()
+    model.backbone.register_forward_pre_hook(numbers.note)
+    return numbers
+
+
+class _Numbers:
+    """The atomic numbers [n] of the pass that is running."""
+
+    def note(self, _: nn.Module, inputs: tuple[Any]) -> None:
+        self.of_pass = inputs[0].atomic_numbers.long()
+
+
 def _head(model: Any) -> ConditionHead:
     return model.denoising["scd"]["condition_head"]
 
@@ -399,6 +441,7 @@ LEVERS = {
     "clean view with noise of 0.02 Å": Form({"std_reg": 0.02}),
     "standardised": Form(change=standardised),
     "standardised by running statistics": Form(change=running),
+    "standardised, without elements": Form(change=without_elements),
     "moments": Form(change=moments),
     "modulation not zero at first": Form(change=started),
     "four vectors, pooled and read by attention": Form(change=tokens),

@@ -290,6 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
                 seed=run.seed,
                 denoising=run.denoising,
                 start=start_of(run, splits, results, here, suite=options.suite),
+                start_form=run.pretraining.form if run.pretraining is not None else "embedding",
                 quiet_heads=run.quiet_heads,
                 forces=run.data not in databases.ENERGIES_ALONE,
                 points=SUITES[options.suite].points,

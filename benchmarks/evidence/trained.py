@@ -160,6 +160,7 @@ def train_labels(
     seed: int,
     denoising: Mapping[str, Any],
     start: Path | None,
+    start_form: str = "embedding",
     quiet_heads: bool,
     forces: bool = True,
     points: int = 5,
@@ -171,6 +172,7 @@ def train_labels(
         labelled: what to train on.
         denoising: the `task.denoising` block; empty: the host's own trainer.
         start: checkpoint whose backbone to start from.
+        start_form: the form of the condition that it was trained with, one of `forms.FORMS`.
         quiet_heads: let the last layer of the energy head start at zero.
         forces: train forces too, not energies alone.
         points: how often to look at the held-out structures.
@@ -192,15 +194,16 @@ def train_labels(
         }
         test = KeptAseDB(rows.pop("test"))
         rows["train"]["transforms"] = _fitted(forces)
-        trainer = make_trainer(
-            DENOISING if denoising else PLAIN,
-            block,
-            rows,
-            length.optim(len(labelled)),
-            seed=seed,
-            denoising=dict(denoising),
-            forces=forces,
-        )
+        with _changed(FORMS[start_form].change):
+            trainer = make_trainer(
+                DENOISING if denoising else PLAIN,
+                block,
+                rows,
+                length.optim(len(labelled)),
+                seed=seed,
+                denoising=dict(denoising),
+                forces=forces,
+            )
         KeptNeighbors(trainer._unwrapped_model.backbone)
         if quiet_heads:
             quieten(trainer)

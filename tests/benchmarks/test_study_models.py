@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,7 @@ from benchmarks.evidence.noise import (
     told_differences,
 )
 from benchmarks.evidence.structures import Splits
-from benchmarks.evidence.trained import Length, Model, quieten, train_labels
+from benchmarks.evidence.trained import Length, Model, Pretraining, pretrain, quieten, train_labels
 from fairchem_scd.denoising.conditions.self_condition import ConditionHead
 from fairchem_scd.denoising.plan import NOISE, VALIDATION, Plan
 from fairchem_scd.testing import stirred
@@ -166,7 +167,14 @@ def test_other_forms_are_without_a_condition_the_plain_model_before_and_after_a_
 
 # What a form changes when models are judged; others change what is trained, or where training starts.
 SAID_OTHERWISE = (
-    *("standardised", "moments", "four vectors, pooled and read by attention", "into the input features too"),
+    *(
+        "standardised",
+        "standardised by running statistics",
+        "standardised, without elements",
+        "moments",
+        "four vectors, pooled and read by attention",
+        "into the input features too",
+    ),
     *("into the update layers too", "gates of vector features too", "shift, scale and gate of the condition alone"),
     "five of these together",
 )
@@ -285,7 +293,7 @@ def test_an_atom_is_told_of_its_own_element_alone() -> None:
     numbers, features = torch.tensor([1, 8, 1]), torch.randn(3, 8)
     one = torch.zeros(3, dtype=torch.long)
     for moved in (features, features + torch.tensor([0.0, 1.0, 0.0])[:, None] * torch.randn(8)):
-        head.numbers.note(None, (numbers,))
+        head.numbers.note(None, (SimpleNamespace(atomic_numbers=numbers),))
         condition = head.condition(head(moved, one, 1), torch.ones(1, dtype=torch.bool))
         block(features, condition[one], torch.ones(3, dtype=torch.bool))
     before, after = told
@@ -294,6 +302,20 @@ def test_an_atom_is_told_of_its_own_element_alone() -> None:
     assert (before[1] - after[1]).abs().max() > 1e-3
     expected = head.norm(head.structure(head.atoms(features)[[0, 2]].sum(dim=0)))
     torch.testing.assert_close(before[0], expected)
+
+
+def test_what_features_owe_to_their_elements_is_not_told() -> None:
+    model = changed("standardised, without elements")
+    head = model.denoising["scd"]["condition_head"].train()
+    numbers, features = torch.tensor([1, 8, 1, 8]), torch.randn(4, 8)
+    made = []
+    for moved in (features, features + torch.randn(100, 8)[numbers]):
+        head.atoms[0].seen.zero_()
+        head.atoms[0].scale.batches.zero_()
+        head.numbers.note(None, (SimpleNamespace(atomic_numbers=numbers),))
+        made.append(head(moved, torch.tensor([0, 0, 1, 1]), 2))
+    torch.testing.assert_close(*made)
+    assert (made[0][0] - made[0][1]).abs().max() > 1e-3
 
 
 def changed(form: str) -> Any:
@@ -385,6 +407,28 @@ def test_probes_score_by_the_variance_left_over_and_by_wrong_classes() -> None:
     assert scores["number"] < 1e-3
     unknowable = probes.probe(np.zeros((4, 1)), np.zeros((3, 1)), {"number": (classes == "a", mean_alone)})
     assert unknowable["number"] == pytest.approx(1.0)
+
+
+# --- starts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_backbone_pre_trained_in_a_form_with_other_modules_starts_a_run(tmp_path: Path) -> None:
+    rows = []
+    for seed in range(3):
+        atoms = bulk("Cu", cubic=True)
+        atoms.rattle(0.1, seed=seed)
+        atoms.calc = EMT()
+        rows.append(structures.with_labels(atoms))
+    model, splits, checkpoint = Model(layers=1, channels=8, neighbors=60), Splits(rows, rows[:2], rows), tmp_path / "c"
+    pretrain(model, Pretraining("standardised", 0.1, Length(2, 3, 1e-2), seed=0), splits, checkpoint)
+    last = tmp_path / "after"
+    length = Length(1, 3, 0.0, ema=None)
+    options = {"start": checkpoint, "start_form": "standardised", "quiet_heads": True, "points": 1, "keep": last}
+    train_labels(model, length, splits, rows, seed=5, denoising={}, **options)
+    before, after = (torch.load(path, weights_only=False)["state_dict"] for path in (checkpoint, last))
+    for name, value in after.items():
+        if ".backbone." in name:
+            assert torch.equal(value, before[name]), name
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
