@@ -38,7 +38,7 @@ from benchmarks.common import existing_folder
 from benchmarks.evidence import databases, structures
 from benchmarks.evidence.results import Results, environment
 from benchmarks.evidence.study import add_options, begin
-from benchmarks.evidence.trained import Length, Model, Pretraining, start_of, train_labels
+from benchmarks.evidence.trained import Length, Model, Pretraining, form_of, start_of, train_labels
 
 RESULTS = Path(__file__).parents[1] / "results" / "learning.jsonl"
 
@@ -122,7 +122,7 @@ so plain denoising twice as long is its equal in compute.
 """
 
 PRETRAINED = tuple(f"{start}, then {PLAIN}" for start in STARTS)
-ARMS = (PLAIN, *TASKS, *PRETRAINED, "SCD, then DeNS, coefficient 100")
+ARMS = (PLAIN, *TASKS, *PRETRAINED)
 
 
 _CUTOFF = {"oxides": {"radius": 3.5, "neighbors": 60}}
@@ -290,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
                 seed=run.seed,
                 denoising=run.denoising,
                 start=start_of(run, splits, results, here, suite=options.suite),
-                start_form=run.pretraining.form if run.pretraining is not None else "embedding",
+                start_form=form_of(run),
                 quiet_heads=run.quiet_heads,
                 forces=run.data not in databases.ENERGIES_ALONE,
                 points=SUITES[options.suite].points,

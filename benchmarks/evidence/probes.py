@@ -31,7 +31,7 @@ from benchmarks.evidence.forms import FORMS
 from benchmarks.evidence.results import Results, environment, key_of
 from benchmarks.evidence.structures import KeptAseDB, Splits
 from benchmarks.evidence.study import add_options, begin
-from benchmarks.evidence.trained import Length, Model, Pretraining, denoiser, train_labels
+from benchmarks.evidence.trained import Length, Model, Pretraining, denoiser, form_of, in_form, train_labels
 from fairchem_scd.commands.embed.embeddings import embed
 
 RESULTS = Path(__file__).parents[1] / "results" / "probes.jsonl"
@@ -186,7 +186,8 @@ def train(run: Run, learned: Results, folder: Path) -> dict[str, Any] | None:
             rows = KeptAseDB(
                 {"src": structures.write(atoms, scratch / f"{part}_probed.db"), "a2g_args": {"r_energy": True}}
             )
-            made.append(embed(checkpoint, rows, batch_size=32, device="cpu"))
+            with in_form(form_of(run)):
+                made.append(embed(checkpoint, rows, batch_size=32, device="cpu"))
     scores = {"features": probe(made[0].features, made[1].features, targets)}
     if run.arm == "SCD":
         scores["c"] = probe(made[0].condition, made[1].condition, targets)

@@ -34,7 +34,7 @@ from benchmarks.evidence.neighbors import KeptNeighbors
 from benchmarks.evidence.results import Results, environment
 from benchmarks.evidence.structures import KeptAseDB, Splits, write
 from benchmarks.evidence.study import add_options, begin
-from benchmarks.evidence.trained import Length, Model, Pretraining, Watch, averaged, quieten, start_of
+from benchmarks.evidence.trained import Length, Model, Pretraining, Watch, averaged, form_of, in_form, quieten, start_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "properties.jsonl"
 NOISY_NODES = {"noisy_nodes": {}}
@@ -123,15 +123,16 @@ def train(run: Run, splits: Splits, start: Path | None) -> dict[str, Any]:
         gaps = np.array([atoms.get_potential_energy() for atoms in labelled])
         scale = {"mean": float(gaps.mean()), "stdev": float(gaps.std())}
         rows["train"]["transforms"] = {"normalizer": {"energy": scale}}
-        trainer = make_trainer(
-            DENOISING if run.noisy_nodes else PLAIN,
-            block,
-            rows,
-            run.length.optim(len(labelled)),
-            seed=run.seed,
-            denoising=NOISY_NODES if run.noisy_nodes else {},
-            forces=False,
-        )
+        with in_form(form_of(run)):
+            trainer = make_trainer(
+                DENOISING if run.noisy_nodes else PLAIN,
+                block,
+                rows,
+                run.length.optim(len(labelled)),
+                seed=run.seed,
+                denoising=NOISY_NODES if run.noisy_nodes else {},
+                forces=False,
+            )
         KeptNeighbors(trainer._unwrapped_model.backbone)
         if run.model.backbone == "painn":
             trainer._unwrapped_model.output_heads["energy"].register_forward_hook(mean_of_atoms)

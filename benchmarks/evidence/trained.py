@@ -160,7 +160,7 @@ def train_labels(
     seed: int,
     denoising: Mapping[str, Any],
     start: Path | None,
-    start_form: str = "embedding",
+    start_form: Form = FORMS["embedding"],
     quiet_heads: bool,
     forces: bool = True,
     points: int = 5,
@@ -172,7 +172,7 @@ def train_labels(
         labelled: what to train on.
         denoising: the `task.denoising` block; empty: the host's own trainer.
         start: checkpoint whose backbone to start from.
-        start_form: the form of the condition that it was trained with, one of `forms.FORMS`.
+        start_form: the form of the condition that it was trained with, see `form_of`.
         quiet_heads: let the last layer of the energy head start at zero.
         forces: train forces too, not energies alone.
         points: how often to look at the held-out structures.
@@ -194,7 +194,7 @@ def train_labels(
         }
         test = KeptAseDB(rows.pop("test"))
         rows["train"]["transforms"] = _fitted(forces)
-        with _changed(FORMS[start_form].change):
+        with in_form(start_form):
             trainer = make_trainer(
                 DENOISING if denoising else PLAIN,
                 block,
@@ -296,7 +296,7 @@ def denoiser(
         form: of the condition; a model is changed before the host makes an optimiser for its weights.
         std: σ, Å.
     """
-    with _changed(form.change):
+    with in_form(form):
         trainer = make_trainer(
             DENOISING,
             model.block(),
@@ -321,20 +321,19 @@ def denoiser(
 
 
 @contextmanager
-def _changed(change: Callable[[Any], None] | None) -> Iterator[None]:
-    """While entered, models of the package are changed as soon as they are made; what follows has equal random numbers.
+def in_form(form: Form) -> Iterator[None]:
+    """While entered, models of the package have a form of the condition; what follows has equal random numbers.
 
-    Args:
-        change: what to do to a model; None: nothing.
+    So do the models that the package makes of checkpoints, whose weights fit no other form.
     """
     initialise = DenoisingHydra.__init__
 
     @functools.wraps(initialise)
     def initialise_and_change(model: DenoisingHydra, *args: Any, **kwargs: Any) -> None:
         initialise(model, *args, **kwargs)
-        if change is not None:
+        if form.change is not None:
             with torch.random.fork_rng(devices=[]):
-                change(model)
+                form.change(model)
 
     with mock.patch.object(DenoisingHydra, "__init__", initialise_and_change):
         yield
@@ -383,6 +382,11 @@ def pretrain(model: Model, how: Pretraining, splits: Splits, checkpoint: Path) -
         shutil.copyfile(saved, part)
         part.replace(checkpoint)
     return scores
+
+
+def form_of(run: Any) -> Form:
+    """The form of the condition in the pre-training that a run starts from; the package's, where there was none."""
+    return FORMS["embedding" if run.pretraining is None else run.pretraining.form]
 
 
 def start_of(run: Any, splits: Splits, results: Results, here: Mapping[str, str], **before: str) -> Path | None:

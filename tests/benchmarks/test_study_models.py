@@ -423,7 +423,13 @@ def test_a_backbone_pre_trained_in_a_form_with_other_modules_starts_a_run(tmp_pa
     pretrain(model, Pretraining("standardised", 0.1, Length(2, 3, 1e-2), seed=0), splits, checkpoint)
     last = tmp_path / "after"
     length = Length(1, 3, 0.0, ema=None)
-    options = {"start": checkpoint, "start_form": "standardised", "quiet_heads": True, "points": 1, "keep": last}
+    options = {
+        "start": checkpoint,
+        "start_form": forms.FORMS["standardised"],
+        "quiet_heads": True,
+        "points": 1,
+        "keep": last,
+    }
     train_labels(model, length, splits, rows, seed=5, denoising={}, **options)
     before, after = (torch.load(path, weights_only=False)["state_dict"] for path in (checkpoint, last))
     for name, value in after.items():

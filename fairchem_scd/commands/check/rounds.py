@@ -20,8 +20,8 @@ from fairchem_scd.denoising.tasks import DenoisingTask
 _FAR = 0.25
 """Share of the nearest-neighbour distance. Noise that moves atoms further is reported: they begin to change places."""
 
-_COMPONENTS = 1.4
-"""How many components of the noise SCD's embedding explained in small runs on molecules and tiny cells, and no more.
+_COMPONENTS = 1.6
+"""The most components of the noise that SCD's embedding explained in small runs: PaiNN, cells of two atoms.
 
 See docs/evidence.md, "Why it explains so little of larger structures".
 """
@@ -154,8 +154,8 @@ def say_condition(task: DenoisingTask, key: str, corruption: Corruption, report:
     share = float((_COMPONENTS / _components(corruption)).clamp(max=1).mean())
     report.say(
         "",
-        f"its embedding may explain {100 * share:.2g} % of the noise at most: the noise of N atoms has 3N - 3 "
-        f"components, and in our small runs an embedding explained about {_COMPONENTS:g}, or less",
+        f"expect its embedding to explain no more than {100 * share:.2g} % of the noise: the noise of N atoms has "
+        f"3N - 3 components, and in our small runs an embedding explained {_COMPONENTS:g} of them or fewer",
     )
     report.say("", f"{key}.condition: [] does without it, at half the cost: docs/pretraining.md")
 
