@@ -78,7 +78,7 @@ def test_fine_tuning_is_the_papers():
     assert optim["optimizer_params"] == {"betas": [0.995, 0.999], "weight_decay": 0.01}
     # Not the paper's clipping, which belongs to a loss of weight 1, nor its noise on the input beside force labels.
     assert optim["clip_grad_norm"] == load("dens_oc20_2m_12epochs")["optim"]["clip_grad_norm"]
-    assert set(block) == {"drop_path"}
+    assert set(block) == {"drop_path", "quiet_heads"}
     assert 8e-5 <= optim["lr_initial"] <= 5e-4
     # Warm-up and 2000 steps more, of 31 250 an epoch.
     warmup = 2_000_000 / 64 * optim["scheduler_params"]["warmup_epochs"]
