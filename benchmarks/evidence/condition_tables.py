@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -29,17 +30,9 @@ def ladder_table(records: list[Record]) -> str:
         if beside is not None and run["form"] != "plain":
             ratio = ratio_of(record["scores"]["structures"]["right"], beside["scores"]["structures"]["none"])
         head = [run["data"], model_of(record), str(record["scores"]["steps"]), str(run["seed"])]
-        rows.append(
-            [
-                *head,
-                NAMES.get(run["form"], run["form"]),
-                *cells,
-                ratio,
-                f"{last['dimensions']:.1f}" if "dimensions" in last else "",
-            ]
-        )
+        rows.append([*head, NAMES.get(run["form"], run["form"]), *cells, ratio, *variety(last)])
     heads = ["data", "model", "steps", "seed", "told", "right", "another's", "none", "right / plain denoising"]
-    return table([*heads, "dimensions"], rows)
+    return table([*heads, *VARIETY], rows)
 
 
 def levers_table(records: Sequence[Record]) -> str:
@@ -54,11 +47,10 @@ def levers_table(records: Sequence[Record]) -> str:
         errors = (of["scores"]["structures"] for of in (record, beside))
         ratio = ratio_of(*(of[name] for of, name in zip(errors, (told, "right"), strict=True)))
         cells = [with_error(last.get(name)) for name in ("right", "other", "none")]
-        dimensions = f"{last['dimensions']:.1f}" if "dimensions" in last else ""
-        name = NAMES.get(run["form"], run["form"])
-        rows.append([run["data"], str(record["scores"]["steps"]), str(run["seed"]), name, *cells, ratio, dimensions])
+        head = [run["data"], str(record["scores"]["steps"]), str(run["seed"]), NAMES.get(run["form"], run["form"])]
+        rows.append([*head, *cells, ratio, *variety(last)])
     heads = ["data", "steps", "seed", "told", "right", "another's", "none", "noise error / that of SCD as shipped"]
-    return table([*heads, "dimensions"], rows)
+    return table([*heads, *VARIETY], rows)
 
 
 def pretrained_table(records: list[Record]) -> str:
@@ -83,7 +75,7 @@ def pretrained_table(records: list[Record]) -> str:
                 f"{difference / its_error:.1f}",
                 with_error(beside["scores"]["curve"][-1]["none"]),
                 ratio_of(errors["right"], beside["scores"]["structures"]["none"]),
-                f"{last['dimensions']:.1f}",
+                *variety(last),
             ]
         )
     heads = [
@@ -97,7 +89,17 @@ def pretrained_table(records: list[Record]) -> str:
         "none",
         "(another's − right) / its error",
     ]
-    return table([*heads, "plain denoising", "right / plain denoising", "dimensions"], rows)
+    return table([*heads, "plain denoising", "right / plain denoising", *VARIETY], rows)
+
+
+VARIETY = ("dimensions", "spread")
+
+
+def variety(scores: Mapping[str, Any]) -> list[str]:
+    """How what runs are told varies over structures, in the columns `VARIETY`; older lines have no spread."""
+    return [
+        f"{scores[name]:.{digits}f}" if name in scores else "" for name, digits in zip(VARIETY, (1, 2), strict=True)
+    ]
 
 
 def pretrainings(records: Iterable[Record]) -> list[Record]:

@@ -30,7 +30,10 @@ ELEMENTS = 100
 
 
 def standardised(model: Any) -> None:
-    """The condition is c with each component's running mean and variance taken out, instead of c's LayerNorm."""
+    """The condition is c with each component's mean and variance over the batch taken out, instead of its LayerNorm.
+
+    In validation they are running ones.
+    """
     head = _head(model)
     head.norm = nn.BatchNorm1d(head.norm.normalized_shape[0], affine=False)
 

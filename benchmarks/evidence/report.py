@@ -205,7 +205,8 @@ The noisy pass is told a structure's embedding by the clean pass. If the embeddi
 worse. Noise errors are the mean square error over σ² on held-out structures, ± the standard error over structures;
 predicting zero has 1 − 1/N for N atoms. "None" is the same model without an embedding, which it is trained for on a
 fifth of the structures. Compare "right" with plain denoising of the same number of steps: where the ratio is below 1,
-the second pass helped. "Dimensions" is the participation ratio of what structures are told. "Difference" is a form
+the second pass helped. "Dimensions" is the participation ratio of what structures are told; "spread" its standard
+deviation over structures against its root mean square (not in older lines). "Difference" is a form
 that is only in `benchmarks/evidence/noise.py`: each block is told by how much the mean of its l = 0 features differs
 between the clean structure and the noisy one. "The best by theory" is no model but what can be said without a
 condition, where structures are lattices with normal displacements of standard deviation s: ε̂ = (x̃ − r) σ² / (σ² + s²)
@@ -224,15 +225,17 @@ lowers the noise error of plain denoising; of 1, that the second pass buys nothi
 LEVERS = """\
 ### Other forms of the condition
 
-Each differs from SCD as shipped in one thing (`benchmarks/evidence/forms.py`). "Standardised": running mean and
-variance are taken out of c, in place of its LayerNorm. "Moments": half of the channels are pooled by their root mean
+Each differs from SCD as shipped in one thing (`benchmarks/evidence/forms.py`). "Standardised": the mean
+and variance of a batch are taken out of c, in place of its LayerNorm (in validation running ones); "by running
+statistics": these in training too; "without elements": also, what an atom's features owe to its element is taken out
+before they are pooled. "Moments": half of the channels are pooled by their root mean
 square over the atoms. "Update layers": PaiNN's feed-forward part. "Dropped by atom": a tenth of the atoms go without
 the condition, in place of a fifth of the structures. "Contrastive term": a third pass, told another structure's
 embedding, must do worse by 0.2 σ². "σ from large to small": σ begins at four times its value and falls for 500 steps.
 "Pooled by element": a vector for each element, and atoms are told that of their own. "Five of these together":
 standardised, modulation not zero at first, into the input features, into the update layers, and σ from large to small.
-The ratio compares the same structures and noise, so its error is small: below 1, the form explains more. Only the
-difference form gains more than 3 %, so no default was changed.
+The ratio compares the same structures and noise, so its error is small: below 1, the form explains more. On
+PaiNN only the difference form gains more than 3 %.
 """
 PRETRAINING = """\
 ## What the condition carried in pre-training on real structures
