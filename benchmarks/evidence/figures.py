@@ -15,46 +15,39 @@ from fairchem_scd.commands import pictures as style
 
 
 def draw_labels(records: list[Record], path: Path) -> None:
-    """Test errors against the number of labels, one panel for each data and error.
+    """Test errors against the number of labels, a panel for each data: of forces, or of energies where there are none.
 
-    Data and arms are drawn that were run with more than one number of labels.
+    Data and arms are drawn that were run with more than one number of labels. With few labels the energy errors of
+    molecules show above all how well the elements' reference energies are fitted, so they are left to the tables.
     """
     groups = by_seed(records, lambda r: (r["run"]["data"], r["run"]["arm"], number_of_labels(r)))
     counts: dict[tuple[str, str], list[int]] = {}
     for data, arm, count in sorted(groups):
         counts.setdefault((data, arm), []).append(count)
     counts = {key: of for key, of in counts.items() if len(of) > 1}
-    datas, arms = (
-        sorted({data for data, _ in counts}),
-        sorted({arm for _, arm in counts}, key=lambda a: (a != FIRST, a)),
-    )
-    figure = style.new_figure(style.DOUBLE, 0.4 + 2.1 * len(datas))
-    panels = figure.subplots(len(datas), 2, squeeze=False)
-    units = (("force_mae", "force MAE, meV/Å"), ("energy_mae", "energy MAE, meV/atom"))
-    for row, data in zip(panels, datas, strict=True):
-        for axes, (name, label) in zip(row, units, strict=True):
-            for i, arm in enumerate(arms):
-                tests = [
-                    (count, [1000 * r["scores"]["test"][name] for r in groups[data, arm, count].values()])
-                    for count in counts.get((data, arm), [])
-                    if all(name in r["scores"]["test"] for r in groups[data, arm, count].values())
-                ]
-                if not tests:
-                    continue
-                means = [statistics.mean(values) for _, values in tests]
-                bars = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in tests]
+    datas = sorted({data for data, _ in counts})
+    arms = sorted({arm for _, arm in counts}, key=lambda a: (a != FIRST, a))
+    figure = style.new_figure(style.DOUBLE if len(datas) > 1 else style.SINGLE, 2.5)
+    for axes, data in zip(figure.subplots(1, len(datas), squeeze=False)[0], datas, strict=True):
+        units = {"force_mae": "force MAE, meV/Å", "energy_mae": "energy MAE, meV/atom"}
+        tested = [r["scores"]["test"] for r in records if r["run"]["data"] == data]
+        name = next(name for name in units if all(name in errors for errors in tested))
+        for i, arm in enumerate(arms):
+            tests = [
+                [1000 * r["scores"]["test"][name] for r in groups[data, arm, count].values()]
+                for count in counts.get((data, arm), [])
+            ]
+            if tests:
+                means = [statistics.mean(values) for values in tests]
+                bars = [statistics.stdev(values) if len(values) > 1 else 0 for values in tests]
                 look = {"color": style.COLORS[i], "linestyle": style.LINES[i], "marker": style.MARKERS[i]}
-                axes.errorbar([count for count, _ in tests], means, yerr=bars, capsize=2, label=arm, **look)
-            if not axes.has_data():
-                axes.set_axis_off()
-                continue
-            axes.set(xscale="log", yscale="log", xlabel="labels", ylabel=label, title=data)
-            ticks = sorted({count for (d, _), of in counts.items() if d == data for count in of})
-            axes.set_xticks(ticks, [str(n) for n in ticks])
-            axes.minorticks_off()
-            plain_ticks(axes)
-    known = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
-    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known))
+                axes.errorbar(counts[data, arm], means, yerr=bars, capsize=2, label=arm, **look)
+        axes.set(xscale="log", yscale="log", xlabel="labels", ylabel=units[name], title=data)
+        ticks = sorted({count for (d, _), of in counts.items() if d == data for count in of})
+        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.minorticks_off()
+        plain_ticks(axes)
+    _legend_below(figure, ncols=3)
     style.save(figure, path, force=True)
 
 
