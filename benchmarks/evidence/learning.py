@@ -21,7 +21,7 @@ Suites, which --only, --arms, --labels and --seeds narrow down:
 - heads: as few, with energy heads that start as the host has them;
 - long, longer: many passes over all labels, a task beside them;
 - tune, molecule_tasks: settings of the tasks beside labels, to be judged on held-out structures;
-- equiformer, equiformer_molecules: few labels on EquiformerV2.
+- equiformer, equiformer_molecules, equiformer_slabs: few labels on EquiformerV2.
 """
 
 from __future__ import annotations
@@ -199,6 +199,13 @@ _MOLECULES = replace(
 )
 # One rate is the best for both: the suite `slab_rates`.
 _SLABS = replace(_MOLECULES, data=("slabs",), budgets=((96,), (24, 384)), model=Model(neighbors=60), tuned={})
+_EQUIFORMER_MOLECULES = replace(
+    _MOLECULES,
+    arms=(PLAIN, *(f"{start}, then {PLAIN}" for start in ("plain denoising", "SCD", "SCD, standardised"))),
+    model=replace(EQUIFORMER, radius=4.5, neighbors=60),
+    lengths=(Length(1000, 8, 1e-3),),
+    before=Length(1500, 16, 1e-3, weight_decay=0.01, clip=1.0),
+)
 SUITES = {
     "few": _FEW,
     "molecules": _MOLECULES,
@@ -255,12 +262,12 @@ SUITES = {
         ),
         lengths=(Length(3000, 8, 2e-3),),
     ),
-    "equiformer_molecules": replace(
-        _MOLECULES,
-        arms=(PLAIN, *(f"{start}, then {PLAIN}" for start in ("plain denoising", "SCD", "SCD, standardised"))),
-        model=replace(EQUIFORMER, radius=4.5, neighbors=60),
-        lengths=(Length(1000, 8, 1e-3),),
-        before=Length(1500, 16, 1e-3, weight_decay=0.01, clip=1.0),
+    "equiformer_molecules": _EQUIFORMER_MOLECULES,
+    "equiformer_slabs": replace(
+        _EQUIFORMER_MOLECULES,
+        data=("slabs",),
+        arms=_EQUIFORMER_MOLECULES.arms[:2],
+        model=replace(EQUIFORMER, neighbors=60),
     ),
     "equiformer": Suite(
         ("Mo",),

@@ -63,7 +63,7 @@ def sections(
     before = pretrainings(learning)
     ladder, varied, levers = parted(condition)
     several, explained = of_several_budgets(learning), groups(ladder, before)
-    equiformer = trained(learning, "equiformer", "equiformer_molecules")
+    equiformer = trained(learning, "equiformer", "equiformer_molecules", "equiformer_slabs")
     settings = of_suites(learning, "tune", "molecule_tasks")
     heads = trained(learning, "heads")
     grouped = [r for r in (*best_rates(few), *heads, *long) if "test_groups" in r["scores"]]
