@@ -37,7 +37,8 @@ from benchmarks.evidence.study import add_options, begin
 from benchmarks.evidence.trained import Length, Model, Pretraining, Watch, averaged, form_of, in_form, quieten, start_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "properties.jsonl"
-NOISY_NODES = {"noisy_nodes": {}}
+NOISY_NODES = {"noisy_nodes": {"std": 0.005}}
+"""σ in Å, that of SCD's paper for molecules."""
 BACKBONES = {
     "painn": learning.SUITES["molecules"],
     "equiformer_v2": learning.SUITES["equiformer_molecules"],
