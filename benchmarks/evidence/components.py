@@ -15,10 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.evidence.condition_tables import NAMES, but_form, model_of, pretraining_of, told_of
+from benchmarks.evidence.condition_tables import but_form, model_of, pretraining_of, told_of
+from benchmarks.evidence.figures import legend_below
 from benchmarks.evidence.tables import Record, spread, table
 from fairchem_scd.commands import pictures as style
 from fairchem_scd.denoising.condition_report import Gain
+
+_FORMS = {"embedding": "SCD as shipped", "standardised": "standardised", "difference": "difference form"}
+"""The forms of the condition that are compared, and the titles of their panels."""
 
 _SMALLEST_GROUP = 12
 """So many structures at least have their share of noise taken together …"""
@@ -82,7 +86,7 @@ def groups(ladder: Sequence[Record], before: Sequence[Record]) -> list[Group]:
         in_ladder = "form" in record["run"]
         told = record["run"]["form"] if in_ladder else told_of(record)
         beside = plain.get(but_form(record) if in_ladder else repr(pretraining_of(record)))
-        if told not in ("embedding", "difference") or beside is None:
+        if told not in _FORMS or beside is None:
             continue
         how = record["run"] if in_ladder else record["run"]["pretraining"]
         errors = record["scores"]["structures"]
@@ -144,14 +148,14 @@ def components_table(found: Sequence[Group]) -> str:
 def draw_components(found: Sequence[Group], path: Path) -> None:
     """Shares of the noise that the condition explains, against the number of atoms; mean over seeds.
 
-    Of each model and data set the longest runs. Models other than PaiNN have hollow marks.
+    Of each model and data set the longest runs. Models other than PaiNN have hollow marks, a little to the right.
     """
     found = [g for g in found if g.steps == max(h.steps for h in found if _kind(h) == _kind(g))]
-    forms = [form for form in ("embedding", "difference") if any(g.told == form for g in found)]
+    forms = [form for form in _FORMS if any(g.told == form for g in found)]
     kinds = sorted({(g.data, g.model) for g in found})
     hues = dict(zip(sorted({g.data for g in found}), cycle(style.COLORS), strict=False))
     shapes = dict(zip(hues, cycle(style.MARKERS), strict=False))
-    figure = style.new_figure(style.DOUBLE, 2.6)
+    figure = style.new_figure(style.DOUBLE, 3.4)
     panels = figure.subplots(1, len(forms), sharey=True, squeeze=False)[0]
     for axes, form in zip(panels, forms, strict=True):
         for data, model in kinds:
@@ -159,15 +163,16 @@ def draw_components(found: Sequence[Group], path: Path) -> None:
             sizes = sorted({float(g.atoms.mean()) for g in same})
             shares = [[100 * g.share.value for g in same if g.atoms.mean() == size] for size in sizes]
             errors = [[100 * g.share.error for g in same if g.atoms.mean() == size] for size in sizes]
+            painn = model.startswith("painn")
             axes.errorbar(
-                sizes,
+                sizes if painn else [1.08 * size for size in sizes],
                 [np.mean(of) for of in shares],
                 yerr=[np.mean(of) for of in errors],
                 capsize=2,
                 linestyle="none",
                 color=hues[data],
                 marker=shapes[data],
-                markerfacecolor=hues[data] if model.startswith("painn") else "white",
+                markerfacecolor=hues[data] if painn else "white",
                 label=f"{data}, {model}".replace("_", " "),
             )
         low, high = (of(float(g.atoms.mean()) for g in found) for of in (min, max))
@@ -177,15 +182,16 @@ def draw_components(found: Sequence[Group], path: Path) -> None:
             label = f"{components} component" + ("s" if components > 1 else "")
             axes.plot(atoms, share, color=style.OTHER, linestyle=style.LINES[number], zorder=0, label=label)
         axes.axhline(0, color=style.OTHER, linewidth=0.8, zorder=0)
-        axes.set(xscale="log", ylim=(-0.4, 130), xlabel="atoms", title=NAMES.get(form, f"{form} form"))
+        axes.set(xscale="log", ylim=(-2.5, 130), xlabel="atoms", title=_FORMS[form])
         axes.set_yscale("symlog", linthresh=1)
-        axes.set_yticks([0, 1, 2, 5, 10, 20, 50, 100], ["0", "1", "2", "5", "10", "20", "50", "100"])
+        axes.set_yticks(
+            [-2, -1, 0, 1, 2, 5, 10, 20, 50, 100], ["-2", "-1", "0", "1", "2", "5", "10", "20", "50", "100"]
+        )
         ticks = [n for n in (2, 4, 8, 16, 32, 64, 128) if low <= n <= high]
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.minorticks_off()
     panels[0].set_ylabel("noise explained, %")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center")
+    legend_below(figure, ncols=4)
     style.save(figure, path, force=True)
 
 

@@ -47,7 +47,7 @@ def draw_labels(records: list[Record], path: Path) -> None:
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.minorticks_off()
         plain_ticks(axes)
-    _legend_below(figure, ncols=3)
+    legend_below(figure, ncols=3)
     style.save(figure, path, force=True)
 
 
@@ -71,7 +71,7 @@ def draw_curves(records: list[Record], path: Path) -> None:
         axes.set(yscale="log", xlabel="steps", ylabel="held-out force MAE, meV/Å", title=data)
         axes.set_ylim(0.98 * lowest, 1.3 * lowest)
         plain_ticks(axes)
-    _legend_below(figure, ncols=2, fontsize="small")
+    legend_below(figure, ncols=2, fontsize="small")
     style.save(figure, path, force=True)
 
 
@@ -101,11 +101,11 @@ def draw_ladder(records: list[Record], path: Path) -> None:
                 axes.axhline(best[data], color=style.OTHER, label="best without a condition, by theory", zorder=0)
             axes.set(title=f"{data.replace('_', ' ')}: {form}", xlabel="steps")
         row[0].set_ylabel("noise error, MSE / σ²")
-    _legend_below(figure, ncols=3)
+    legend_below(figure, ncols=3)
     style.save(figure, path, force=True)
 
 
-def _legend_below(figure: Any, **looks: Any) -> None:
+def legend_below(figure: Any, **looks: Any) -> None:
     """One legend for all panels, each label once."""
     known = [axes.get_legend_handles_labels() for axes in figure.axes]
     handles = {label: handle for found in known for handle, label in zip(*found, strict=True)}
