@@ -148,7 +148,7 @@ def components_table(found: Sequence[Group]) -> str:
 def draw_components(found: Sequence[Group], path: Path) -> None:
     """Shares of the noise that the condition explains, against the number of atoms; mean over seeds.
 
-    Of each model and data set the longest runs. Models other than PaiNN have hollow marks, a little to the right.
+    Of each model and data set the longest runs. EquiformerV2 has hollow marks, a little to the right of PaiNN's.
     """
     found = [g for g in found if g.steps == max(h.steps for h in found if _kind(h) == _kind(g))]
     forms = [form for form in _FORMS if any(g.told == form for g in found)]
@@ -173,7 +173,7 @@ def draw_components(found: Sequence[Group], path: Path) -> None:
                 color=hues[data],
                 marker=shapes[data],
                 markerfacecolor=hues[data] if painn else "white",
-                label=f"{data}, {model}".replace("_", " "),
+                label=data.replace("_", " ") + ("" if painn else ", EquiformerV2"),
             )
         low, high = (of(float(g.atoms.mean()) for g in found) for of in (min, max))
         atoms = np.geomspace(low, high, 100)
@@ -182,7 +182,7 @@ def draw_components(found: Sequence[Group], path: Path) -> None:
             label = f"{components} component" + ("s" if components > 1 else "")
             axes.plot(atoms, share, color=style.OTHER, linestyle=style.LINES[number], zorder=0, label=label)
         axes.axhline(0, color=style.OTHER, linewidth=0.8, zorder=0)
-        axes.set(xscale="log", ylim=(-2.5, 130), xlabel="atoms", title=_FORMS[form])
+        axes.set(xscale="log", ylim=(-1.5, 130), xlabel="atoms", title=_FORMS[form])
         axes.set_yscale("symlog", linthresh=1)
         axes.set_yticks(
             [-2, -1, 0, 1, 2, 5, 10, 20, 50, 100], ["-2", "-1", "0", "1", "2", "5", "10", "20", "50", "100"]
