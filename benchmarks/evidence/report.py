@@ -207,7 +207,7 @@ predicting zero has 1 − 1/N for N atoms. "None" is the same model without an e
 fifth of the structures. Compare "right" with plain denoising of the same number of steps: where the ratio is below 1,
 the second pass helped. "Dimensions" is the participation ratio of what structures are told; "spread" its standard
 deviation over structures against its root mean square (not in older lines). "Difference" is a form
-that is only in `benchmarks/evidence/noise.py`: each block is told by how much the mean of its l = 0 features differs
+that is only in `benchmarks/evidence/forms`: each block is told by how much the mean of its l = 0 features differs
 between the clean structure and the noisy one. "The best by theory" is no model but what can be said without a
 condition, where structures are lattices with normal displacements of standard deviation s: ε̂ = (x̃ − r) σ² / (σ² + s²)
 for sites r.
@@ -225,7 +225,7 @@ lowers the noise error of plain denoising; of 1, that the second pass buys nothi
 LEVERS = """\
 ### Other forms of the condition
 
-Each differs from SCD as shipped in one thing (`benchmarks/evidence/forms.py`). "Standardised": the mean
+Each differs from SCD as shipped in one thing (`benchmarks/evidence/forms`). "Standardised": the mean
 and variance of a batch are taken out of c, in place of its LayerNorm (in validation running ones); "by running
 statistics": these in training too; "without elements": also, what an atom's features owe to its element is taken out
 before they are pooled. "Moments": half of the channels are pooled by their root mean

@@ -24,15 +24,14 @@ from benchmarks.evidence import (
     probes,
     structures,
 )
+from benchmarks.evidence.forms.difference import mean_of_structures, told_differences
 from benchmarks.evidence.neighbors import KeptNeighbors
 from benchmarks.evidence.noise import (
     judge,
     judged,
-    mean_of_structures,
     noise_errors,
     of_structures,
     shrinkage_errors,
-    told_differences,
 )
 from benchmarks.evidence.structures import Splits
 from benchmarks.evidence.trained import Length, Model, Pretraining, pretrain, quieten, train_labels
@@ -339,7 +338,7 @@ def validating(model: Any, batch: Any) -> Any:
 
 def test_moments_of_equal_atoms_are_those_of_one_atom() -> None:
     head = ConditionHead(8)
-    head.__class__ = forms._Moments
+    head.__class__ = forms.embeddings.Moments
     atoms, one = torch.randn(1, 8), torch.zeros(1, dtype=torch.long)
     pooled = []
     head.structure.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
