@@ -14,8 +14,8 @@ Suites, which --only, --arms, --labels and --seeds narrow down:
 - molecules: the same on molecules, which have more structures and fewer atoms;
 - more_molecules, longer_molecules: molecules with more labels, at other learning rates and in longer runs;
 - slabs: the same on metal slabs with adsorbates, labelled by ASE's effective medium theory;
-- rates, molecule_rates, slab_rates, longer_molecule_rates: learning rate and length of these, to be chosen on held-out
-  structures;
+- rates, molecule_rates, slab_rates, longer_molecule_rates, equiformer_rates: learning rate and length of these, to be
+  chosen on held-out structures;
 - energies: as few, on oxides, whose structures are relaxed: energies alone;
 - compute, molecule_compute: plain training from random weights for as long as pre-training and fine-tuning together;
 - heads: as few, with energy heads that start as the host has them;
@@ -263,6 +263,11 @@ SUITES = {
         lengths=(Length(3000, 8, 2e-3),),
     ),
     "equiformer_molecules": _EQUIFORMER_MOLECULES,
+    "equiformer_rates": replace(
+        _EQUIFORMER_MOLECULES,
+        **{**_RATES, "budgets": ((96,),)},
+        lengths=tuple(Length(1000, 8, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
+    ),
     "equiformer_slabs": replace(
         _EQUIFORMER_MOLECULES,
         data=("slabs",),

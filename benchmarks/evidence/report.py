@@ -63,7 +63,7 @@ def sections(
     before = pretrainings(learning)
     ladder, varied, levers = parted(condition)
     several, explained = of_several_budgets(learning), groups(ladder, before)
-    equiformer = trained(learning, "equiformer", "equiformer_molecules", "equiformer_slabs")
+    equiformer = of_suites(learning, "equiformer", "equiformer_molecules", "equiformer_rates", "equiformer_slabs")
     settings = of_suites(learning, "tune", "molecule_tasks")
     heads = trained(learning, "heads")
     grouped = [r for r in (*best_rates(few), *heads, *long) if "test_groups" in r["scores"]]
@@ -76,7 +76,7 @@ def sections(
         "labels": (several, LABELS, lambda: saved_table(several)),
         "compute": (compute, COMPUTE, lambda: compute_table(compute)),
         "heads": (heads, HEADS, lambda: arms_table(heads)),
-        "equiformer": (equiformer, EQUIFORMER, lambda: arms_table(equiformer)),
+        "equiformer": (equiformer, EQUIFORMER, lambda: arms_table(best_rates(equiformer))),
         "long": (long, LONG, lambda: arms_table(long, best=True)),
         "tune": (settings, TUNE, lambda: arms_table(settings, split="held_out")),
         "groups": (grouped, GROUPS, lambda: groups_table(grouped)),
