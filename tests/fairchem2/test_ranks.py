@@ -174,7 +174,7 @@ def test_all_kinds_of_steps_follow_each_other_and_ranks_stay_equal(ranks):
 
 def test_two_ranks_judge_a_condition_as_one_does(ranks):
     for kind, expected in enumerate(judged([batch_of(crystals(5))])):
-        assert len(expected) == 9
+        assert len(expected) == 10
         assert len({value for name, value in expected.items() if "pos_mae" in name}) == 4
         assert ranks[0]["judged"][kind] == ranks[1]["judged"][kind]
         assert ranks[0]["judged"][kind] == pytest.approx(expected, rel=1e-4, abs=1e-6)

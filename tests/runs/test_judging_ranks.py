@@ -44,7 +44,7 @@ def test_ranks_find_what_one_does(ranks, batch_size, alone, data, tmp_path):
         logging.disable(logging.NOTSET)
     for kind, expected in alone.items():
         names = [name for name in expected if "pos_mae" in name or "condition" in name]
-        assert len(names) == 9
+        assert len(names) == 10
         assert expected["denoising_pos_mae_other"] != expected["denoising_pos_mae"]
         for name in names:
             assert all(result[kind][name] == results[0][kind][name] for result in results), name
