@@ -27,7 +27,7 @@ def draw_labels(records: list[Record], path: Path) -> None:
     counts = {key: of for key, of in counts.items() if len(of) > 1}
     datas = sorted({data for data, _ in counts})
     arms = sorted({arm for _, arm in counts}, key=lambda a: (a != FIRST, a))
-    figure = style.new_figure(style.DOUBLE if len(datas) > 1 else style.SINGLE, 2.5)
+    figure = style.new_figure(style.DOUBLE if len(datas) > 1 else 1.5 * style.SINGLE, 2.5)
     for axes, data in zip(figure.subplots(1, len(datas), squeeze=False)[0], datas, strict=True):
         units = {"force_mae": "force MAE, meV/Å", "energy_mae": "energy MAE, meV/atom"}
         tested = [r["scores"]["test"] for r in records if r["run"]["data"] == data]
