@@ -21,7 +21,7 @@ Suites, which --only, --arms, --labels and --seeds narrow down:
 - heads: as few, with energy heads that start as the host has them;
 - long, longer: many passes over all labels, a task beside them;
 - tune, molecule_tasks: settings of the tasks beside labels, to be judged on held-out structures;
-- equiformer, equiformer_molecules, equiformer_slabs: few labels on EquiformerV2.
+- equiformer, equiformer_molecules, equiformer_tuned, equiformer_slabs: few labels on EquiformerV2.
 """
 
 from __future__ import annotations
@@ -267,6 +267,13 @@ SUITES = {
         _EQUIFORMER_MOLECULES,
         **{**_RATES, "budgets": ((96,),)},
         lengths=tuple(Length(1000, 8, lr) for lr in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+    ),
+    "equiformer_tuned": replace(
+        _EQUIFORMER_MOLECULES,
+        budgets=((96,),),
+        arms=_EQUIFORMER_MOLECULES.arms[:2],
+        lengths=(Length(1000, 8, 8e-3),),  # the best of `equiformer_rates` for either arm
+        tuned={1000: 5e-4},
     ),
     "equiformer_slabs": replace(
         _EQUIFORMER_MOLECULES,

@@ -63,7 +63,9 @@ def sections(
     before = pretrainings(learning)
     ladder, varied, levers = parted(condition)
     several, explained = of_several_budgets(learning), groups(ladder, before)
-    equiformer = of_suites(learning, "equiformer", "equiformer_molecules", "equiformer_rates", "equiformer_slabs")
+    equiformer = of_suites(
+        learning, "equiformer", "equiformer_molecules", "equiformer_rates", "equiformer_tuned", "equiformer_slabs"
+    )
     settings = of_suites(learning, "tune", "molecule_tasks")
     heads = trained(learning, "heads")
     grouped = [r for r in (*best_rates(few), *heads, *long) if "test_groups" in r["scores"]]
@@ -176,7 +178,9 @@ The same, but the last layer of the energy head begins with random weights.
 EQUIFORMER = """\
 ### EquiformerV2
 
-Two blocks of 32 channels. Learning rates were not chosen: 0.001.
+Two blocks of 32 channels. On molecules plain training and plain denoising have the learning rates that were best on
+held-out structures with seed 0, of 0.00025 to 0.008 (`equiformer_rates`); the others were run with 0.001 alone. At
+0.001, plain training reached 678.5 ± 9.1 meV/Å, and after plain denoising 419.3 ± 7.4.
 """
 LONG = """\
 ## A task beside the labels
