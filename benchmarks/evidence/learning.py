@@ -266,7 +266,7 @@ SUITES = {
     "equiformer_rates": replace(
         _EQUIFORMER_MOLECULES,
         **{**_RATES, "budgets": ((96,),)},
-        lengths=tuple(Length(1000, 8, lr) for lr in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+        lengths=tuple(Length(1000, 8, lr) for lr in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
     ),
     "equiformer_tuned": replace(
         _EQUIFORMER_MOLECULES,
