@@ -161,8 +161,9 @@ LABELS = """\
 ### How many labels pre-training saves
 
 Here and in the picture at the top of this page, all numbers of labels of a data set are trained for equally many steps
-(of the lengths that all have, the one that is best on held-out structures). The table says how many times more labels
-plain training needs for the same error (of forces; on oxides of energies), between the numbers of labels tried.
+(where all of them were trained for several lengths, the one that is best on held-out structures). The table says how
+many times as many labels plain training needs for the same error (of forces; on oxides of energies), between the
+numbers of labels tried.
 """
 COMPUTE = """\
 ### At equal compute
@@ -179,7 +180,7 @@ EQUIFORMER = """\
 ### EquiformerV2
 
 Two blocks of 32 channels. On molecules plain training and plain denoising have the learning rates that were best on
-held-out structures with seed 0, of 0.00025 to 0.008 (`equiformer_rates`); the others were run with 0.001 alone.
+held-out structures with seed 0, of 0.00025 to 0.008 (`equiformer_rates`; 0.016 came later); the others were run with 0.001 alone.
 """
 LONG = """\
 ## A task beside the labels

@@ -267,7 +267,7 @@ def saved_table(records: list[Record]) -> str:
         shown = spread(factors) if factors else ""
         more = f"{beyond} of them better than plain training with any number tried" if beyond else ""
         rows.append([data, arm, str(labels), str(len(groups[data, arm, labels])), shown, more])
-    return table(["data", "training", "labels", "seeds", "plain training needs so many times more", ""], rows)
+    return table(["data", "training", "labels", "seeds", "plain training needs so many times as many", ""], rows)
 
 
 def _error(record: Record, split: str = "test") -> float:
