@@ -180,7 +180,8 @@ EQUIFORMER = """\
 ### EquiformerV2
 
 Two blocks of 32 channels. On molecules plain training and plain denoising have the learning rates that were best on
-held-out structures with seed 0, of 0.00025 to 0.008 (`equiformer_rates`; 0.016 came later); the others were run with 0.001 alone.
+held-out structures with seed 0, of 0.00025 to 0.008 (`equiformer_rates`; 0.016 came later); the others were run with
+0.001 alone.
 """
 LONG = """\
 ## A task beside the labels
