@@ -182,11 +182,10 @@ def draw_components(found: Sequence[Group], path: Path) -> None:
             label = f"{components} component" + ("s" if components > 1 else "")
             axes.plot(atoms, share, color=style.OTHER, linestyle=style.LINES[number], zorder=0, label=label)
         axes.axhline(0, color=style.OTHER, linewidth=0.8, zorder=0)
-        axes.set(xscale="log", ylim=(-1.5, 130), xlabel="atoms", title=_FORMS[form])
+        axes.set(xscale="log", ylim=(-2, 130), xlabel="atoms", title=_FORMS[form])
         axes.set_yscale("symlog", linthresh=1)
-        axes.set_yticks(
-            [-2, -1, 0, 1, 2, 5, 10, 20, 50, 100], ["-2", "-1", "0", "1", "2", "5", "10", "20", "50", "100"]
-        )
+        shown = (-2, -1, 0, 1, 2, 5, 10, 20, 50, 100)
+        axes.set_yticks(shown, [str(share) for share in shown])
         ticks = [n for n in (2, 4, 8, 16, 32, 64, 128) if low <= n <= high]
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.minorticks_off()

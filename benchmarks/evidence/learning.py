@@ -272,7 +272,9 @@ SUITES = {
         _EQUIFORMER_MOLECULES,
         budgets=((96,),),
         arms=_EQUIFORMER_MOLECULES.arms[:2],
-        lengths=(Length(1000, 8, 8e-3),),  # the best of `equiformer_rates` for either arm
+        lengths=(
+            Length(1000, 8, 8e-3),
+        ),  # the best for plain training of `equiformer_rates` up to here; `tuned`: after pre-training
         tuned={1000: 5e-4},
     ),
     "equiformer_slabs": replace(

@@ -35,7 +35,6 @@ class _Running(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels = channels
         self.register_buffer("moments", torch.zeros(2, channels))
         self.register_buffer("batches", torch.zeros(()))
 
@@ -56,10 +55,10 @@ def without_elements(model: Any) -> None:
     running mean over atoms of its element is subtracted, and the rest divided by its running root mean square, in place
     of the first LayerNorm.
     """
-    running(model)
     head = head_of(model)
     head.__class__, head.numbers = _WithoutElements, numbers_of(model)
-    head.atoms[0] = _Centred(head.norm.channels)
+    head.atoms[0] = _Centred(head.norm.normalized_shape[0])
+    running(model)
 
 
 class _WithoutElements(ConditionHead):
