@@ -272,9 +272,8 @@ SUITES = {
         _EQUIFORMER_MOLECULES,
         budgets=((96,),),
         arms=_EQUIFORMER_MOLECULES.arms[:2],
-        lengths=(
-            Length(1000, 8, 8e-3),
-        ),  # the best for plain training of `equiformer_rates` up to here; `tuned`: after pre-training
+        # Of the rates up to 0.008 in `equiformer_rates` the best for plain training, and below after pre-training.
+        lengths=(Length(1000, 8, 8e-3),),
         tuned={1000: 5e-4},
     ),
     "equiformer_slabs": replace(
