@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.evidence.forms.difference import DifferenceHydra, DifferenceJudge
+from benchmarks.evidence.forms.difference import judge_for
 from fairchem_scd.denoising.condition_judge import ConditionJudge, structure_errors
 from fairchem_scd.denoising.corruption import Corruption
 from fairchem_scd.denoising.plan import NOISE, VALIDATION, Plan
@@ -63,8 +63,7 @@ def shrinkage_errors(trainer: Any, displacements: Sequence[Tensor], size: float)
 def judged(trainer: Any) -> ConditionJudge:
     """A judge of a trainer's condition that has seen its held-out structures, with its present weights in eval mode."""
     model, task = trainer._unwrapped_model, trainer.tasks["scd"]
-    kind = DifferenceJudge if isinstance(model, DifferenceHydra) else ConditionJudge
-    judge = kind(model, task, model, structures=model.structures_of)
+    judge = judge_for(model)(model, task, model, structures=model.structures_of)
     for batch in _batches(trainer):
         judge.first(batch)
     judge.pair()

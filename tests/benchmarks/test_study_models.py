@@ -24,7 +24,7 @@ from benchmarks.evidence import (
     probes,
     structures,
 )
-from benchmarks.evidence.forms.difference import mean_of_structures, told_differences
+from benchmarks.evidence.forms.difference import mean_of_structures
 from benchmarks.evidence.neighbors import KeptNeighbors
 from benchmarks.evidence.noise import (
     judge,
@@ -36,6 +36,7 @@ from benchmarks.evidence.noise import (
 from benchmarks.evidence.structures import Splits
 from benchmarks.evidence.trained import Length, Model, Pretraining, pretrain, quieten, train_labels
 from fairchem_scd.denoising.conditions.self_condition import ConditionHead
+from fairchem_scd.denoising.passes import embed
 from fairchem_scd.denoising.plan import NOISE, VALIDATION, Plan
 from fairchem_scd.testing import stirred
 
@@ -116,13 +117,6 @@ def test_a_quiet_head_says_nothing_at_first_and_forces_stay(name: str, batch: An
     assert torch.equal(after["forces"], before["forces"])
 
 
-def test_told_differences_or_not_the_plain_model_stays_what_it_is(batch: Any) -> None:
-    model = hydra("painn", scd={})
-    before = model(batch)["forces"]
-    told_differences(model)
-    assert torch.equal(model(batch)["forces"], before)
-
-
 def test_means_of_structures(batch: Any) -> None:
     values = torch.arange(len(batch.pos), dtype=torch.float)[:, None] * torch.tensor([[1.0, -2.0]])
     expected = torch.stack([part.mean(dim=0) for part in values.split(batch.natoms.tolist())])
@@ -149,7 +143,7 @@ def test_shrinkage_leaves_of_the_noise_what_its_formula_says() -> None:
     assert abs(found.mean() - expected) < 3 * found.std() / 400**0.5
 
 
-@pytest.mark.parametrize("form", forms.LEVERS)
+@pytest.mark.parametrize("form", ["difference", *forms.LEVERS])
 def test_other_forms_are_without_a_condition_the_plain_model_before_and_after_a_pass(form: str, batch: Any) -> None:
     expected = hydra("painn", scd={}, self_supervised=True)(batch)["forces"]
     model = changed(form)
@@ -164,6 +158,7 @@ def test_other_forms_are_without_a_condition_the_plain_model_before_and_after_a_
     assert torch.equal(model(batch, plan=planned)[NOISE], noise)
 
 
+DIFFERENCES = [form for form in forms.FORMS if form.startswith("difference")]
 # What a form changes when models are judged; others change what is trained, or where training starts.
 SAID_OTHERWISE = (
     *(
@@ -317,6 +312,33 @@ def test_what_features_owe_to_their_elements_is_not_told() -> None:
     assert (made[0][0] - made[0][1]).abs().max() > 1e-3
 
 
+def test_the_difference_of_embeddings_is_that_of_the_clean_and_the_noisy_structure(batch: Any) -> None:
+    model = changed("difference of embeddings")
+    stirred(model)
+    differences = []
+    model.scales[0].register_forward_pre_hook(lambda _, inputs: differences.append(inputs[0]))
+    task, seen = model.denoising_tasks["scd"], model.structures_of(batch)
+    planned = task.passes(seen, task.corrupt(seen, seed=0, step=1), seed=0, step=1)
+    model(batch, plan=Plan("scd", planned))
+    moved = batch.clone()
+    moved.pos = planned[-1].pos
+    clean, noisy = (embed(model, some, model.structures_of(some)) for some in (batch, moved))
+    torch.testing.assert_close(differences, [clean - noisy])
+    assert differences[0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("form", DIFFERENCES)
+def test_beside_differences_the_embedding_counts_where_the_form_says_so(
+    form: str, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = changed(form)
+    stirred(model)
+    monkeypatch.setattr(type(model.scales[0]), "forward", lambda scale, difference: torch.zeros_like(difference))
+    told = judged(validating(model, batch))
+    apart = (of_structures(told, "right") - of_structures(told, "other")).abs().max()
+    assert (apart > 1e-3) == ("beside" in form)
+
+
 def changed(form: str) -> Any:
     """A small model with a form of the condition."""
     model = hydra("painn", scd={"std": 0.1, "std_reg": 0.0, **forms.FORMS[form].scd}, self_supervised=True)
@@ -347,11 +369,9 @@ def test_moments_of_equal_atoms_are_those_of_one_atom() -> None:
     torch.testing.assert_close(pooled[1], pooled[0] * torch.tensor([3.0] * 4 + [1.0] * 4))
 
 
-@pytest.mark.parametrize("form", ["embedding", "difference"])
-def test_held_out_structures_are_judged_as_the_package_does_in_either_form(form: str, batch: Any) -> None:
-    model = hydra("painn", scd={"std": 0.1}, self_supervised=True)
-    if form == "difference":
-        told_differences(model)
+@pytest.mark.parametrize("form", ["embedding", *DIFFERENCES])
+def test_held_out_structures_are_judged_as_the_package_does_in_any_form(form: str, batch: Any) -> None:
+    model = changed(form)
     stirred(model)
     trainer = validating(model, batch)
     found, errors = judged(trainer), noise_errors(trainer)

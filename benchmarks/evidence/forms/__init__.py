@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.evidence.forms import blocks, embeddings, training
-from benchmarks.evidence.forms.difference import told_differences
+from benchmarks.evidence.forms import blocks, difference, embeddings, training
 
 
 def together(model: Any) -> None:
@@ -60,13 +59,18 @@ LEVERS = {
     "dropped by atom": Form({"condition_drop": 0.0}, embeddings.dropped_by_atom),
     "contrastive term": Form(change=training.contrastive),
     "σ from large to small": Form(change_task=training.from_large_noise),
+    "difference, the embedding beside it": Form(change=difference.told_differences_and_embedding),
+    "difference of embeddings": Form(change=difference.told_difference_of_embeddings),
+    "difference of embeddings, the embedding beside it": Form(
+        change=difference.told_difference_of_embeddings_and_embedding
+    ),
     "five of these together": Form(change=together, change_task=training.from_large_noise),
 }
 """Forms that differ from the package's in one thing; `mask token` is the authors'."""
 FORMS = {
     "plain": Form({"condition": []}),
-    "difference": Form(change=told_differences),
+    "difference": Form(change=difference.told_differences),
     "embedding": Form(),
     **LEVERS,
 }
-"""By name: no condition, `difference.DifferenceHydra`, the package's, and others."""
+"""By name: no condition, `difference.told_differences`, the package's, and others."""
