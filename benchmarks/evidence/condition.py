@@ -142,7 +142,8 @@ def around(run: Run) -> Iterator[Run]:
     yield replace(run, count=500)
     yield replace(run, model=replace(run.model, channels=32))
     yield replace(run, model=replace(run.model, layers=2))
-    yield replace(run, std=0.2)
+    for std in (0.2, 0.02, 0.3):
+        yield replace(run, std=std)
 
 
 def train(run: Run, folder: Path | None) -> dict[str, Any]:

@@ -21,7 +21,8 @@ Suites, which --only, --arms, --labels and --seeds narrow down:
 - heads: as few, with energy heads that start as the host has them;
 - long, longer: many passes over all labels, a task beside them;
 - tune, molecule_tasks: settings of the tasks beside labels, to be judged on held-out structures;
-- equiformer, equiformer_molecules, equiformer_tuned, equiformer_slabs: few labels on EquiformerV2.
+- equiformer, equiformer_molecules, equiformer_tuned, equiformer_slabs: few labels on EquiformerV2;
+- escn_molecules, esen_molecules: the same on eSCN, and on eSEN whose forces are the energy's gradient.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class Run:
 
 PLAIN = "plain"
 SMALL = Model(layers=2, channels=32)
-EQUIFORMER = Model("equiformer_v2", layers=2, channels=32)
+EQUIFORMER, ESCN, ESEN = (
+    Model(backbone, layers=2, channels=32) for backbone in ("equiformer_v2", "escn", "esen_conservative")
+)
 
 
 def _dens(**settings: Any) -> dict[str, Any]:
@@ -282,6 +285,15 @@ SUITES = {
         arms=_EQUIFORMER_MOLECULES.arms[:2],
         model=replace(EQUIFORMER, neighbors=60),
     ),
+    **{
+        f"{name}_molecules": replace(
+            _EQUIFORMER_MOLECULES,
+            budgets=((96,),),
+            arms=_EQUIFORMER_MOLECULES.arms[:2],
+            model=replace(model, radius=4.5, neighbors=60),
+        )
+        for name, model in (("escn", ESCN), ("esen", ESEN))
+    },
     "equiformer": Suite(
         ("Mo",),
         ((24,),),

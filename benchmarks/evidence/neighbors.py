@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from fairchem.core.common.utils import radius_graph_pbc
 from fairchem.core.models.base import GraphData
+from fairchem.core.models.esen.esen import eSEN_Backbone
 from torch import Tensor
 
 MARGIN = 1.0
@@ -36,11 +37,12 @@ class KeptNeighbors:
 
     def __init__(self, backbone: Any) -> None:
         self.cutoff, self.most = backbone.cutoff, backbone.max_neighbors
+        self.in_dict = isinstance(backbone, eSEN_Backbone)
         self._found: dict[tuple[int, int], _Found] = {}  # by name and number of atoms
         backbone.generate_graph = self
 
-    def __call__(self, data: Any, **ignored: Any) -> GraphData:
-        """The graph of a batch.
+    def __call__(self, data: Any, **ignored: Any) -> GraphData | dict[str, Any]:
+        """The graph of a batch, as the backbone's own `generate_graph` returns it.
 
         Raises:
             ValueError: an atom has more neighbours than the backbone takes.
@@ -57,7 +59,7 @@ class KeptNeighbors:
         near = ((distances < self.cutoff) & (distances > 0)).nonzero()[:, 0]
         if len(near) and int(torch.bincount(edges[1, near]).max()) > self.most:
             raise ValueError(f"an atom has more than {self.most} neighbours within {self.cutoff} Å")
-        return GraphData(
+        graph = GraphData(
             edge_index=edges[:, near],
             edge_distance=distances[near],
             edge_distance_vec=vectors[near],
@@ -67,6 +69,7 @@ class KeptNeighbors:
             batch_full=data.batch,
             atomic_numbers_full=data.atomic_numbers.long(),
         )
+        return vars(graph) if self.in_dict else graph
 
     def _of(self, data: Any, counts: list[int]) -> tuple[list[_Found], Tensor]:
         """The candidates of each structure, found now where they are not known or hold no more.

@@ -80,6 +80,20 @@ def test_kept_neighbours_are_the_hosts_where_atoms_moved_a_little_and_where_far(
     batch.pos = start
 
 
+@pytest.mark.parametrize("name", ["equiformer_v2", "escn", "esen", "esen_conservative"])
+def test_kept_neighbours_change_no_other_backbone_either(name: str, batch: Any) -> None:
+    host, kept = hydra(name), hydra(name)
+    KeptNeighbors(kept.backbone)
+    for model in (host, kept):
+        torch.manual_seed(0)  # eSCN and EquiformerV2 turn their edges' frames at random
+        model.seen = forces_of(model(batch.clone()))
+    torch.testing.assert_close(kept.seen, host.seen, atol=1e-5, rtol=1e-3)
+
+
+def forces_of(out: Any) -> torch.Tensor:
+    return out.get("energy_and_forces", out)["forces"].detach()
+
+
 def test_kept_neighbours_are_not_searched_again_for_atoms_that_come_back_into_the_cell(batch: Any) -> None:
     host, kept = hydra("painn"), hydra("painn")
     neighbors = KeptNeighbors(kept.backbone)
