@@ -133,7 +133,7 @@ def test_the_frontier_compares_equal_settings_and_names_the_one_that_was_changed
         ("training structures", 500),
         ("channels", 32),
         ("blocks", 2),
-        ("σ, Å", 0.2),
+        *(("σ, Å", std) for std in (0.2, 0.02, 0.3)),
     ]
     assert {p.gain.value for p in found} == {0.5}
     # The usual run has another suite's name where it was done for that.
