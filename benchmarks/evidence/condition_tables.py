@@ -127,9 +127,8 @@ def told_of(record: Record) -> str:
 def probes_table(records: list[Record]) -> str:
     """Scores of probes of frozen embeddings, means over seeds."""
     groups = by_seed(records, lambda r: (r["run"]["data"], r["run"]["arm"]))
-    names = [
-        name for name in ("energy", "volume", "gap", "group") if any(name in r["scores"]["features"] for r in records)
-    ]
+    targets = ("energy", "volume", "gap", "group", "polymorph")
+    names = [name for name in targets if any(name in r["scores"]["features"] for r in records)]
     rows = []
     for (data, arm), seeds in sorted(groups.items(), key=lambda group: group[0][0]):
         for what in ("features", "c"):
@@ -137,8 +136,8 @@ def probes_table(records: list[Record]) -> str:
             if scores:
                 cells = [spread([100 * score[name] for score in scores if name in score]) for name in names]
                 rows.append([data, arm, what, str(len(scores)), *cells])
-    units = {"group": "group, % wrong"}
-    return table(["data", "backbone", "probed", "seeds", *(units.get(n, f"{n}, % left") for n in names)], rows)
+    units = {"group": "wrong", "polymorph": "wrong"}
+    return table(["data", "backbone", "probed", "seeds", *(f"{n}, % {units.get(n, 'left')}" for n in names)], rows)
 
 
 def ratio_of(errors: Sequence[float], others: Sequence[float]) -> str:

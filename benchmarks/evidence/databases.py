@@ -41,12 +41,12 @@ def read(name: str, folder: Path) -> tuple[list[Atoms], list[Atoms]]:
 
 
 def read_file(path: Path) -> list[Atoms]:
-    """The structures of an ASE database with their labels, molecules in a cell; `group_of` names their groups."""
+    """The structures of an ASE database with their labels, molecules in a cell; see `group_of` and `gap_of`."""
     found = []
     with ase.db.connect(str(path)) as db:
         for row in db.select():
             atoms = repeated(row.toatoms())
-            atoms.info["group"] = row.get("group")
+            atoms.info.update(group=row.get("group"), gap=row.data.get("gap"))
             found.append(atoms)
     return found
 
@@ -54,6 +54,11 @@ def read_file(path: Path) -> list[Atoms]:
 def group_of(atoms: Atoms) -> str | None:
     """The kind of structure that its database calls it, such as Surface or Vacancy; None: it says nothing."""
     return atoms.info.get("group")
+
+
+def gap_of(atoms: Atoms) -> float | None:
+    """The HOMO-LUMO gap in eV; None: its database says nothing."""
+    return atoms.info.get("gap")
 
 
 def repeated(atoms: Atoms) -> Atoms:

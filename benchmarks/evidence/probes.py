@@ -3,8 +3,8 @@
 The backbones are those that `benchmarks.evidence.learning` pre-trained, one for each seed, beside two that are made
 here: with random weights, and trained on all labels for as many steps as pre-training had. A probe sees the features
 pooled over a structure's atoms, or c, and no gradient reaches the backbone: ridge regression for energy per atom,
-volume per atom and the HOMO-LUMO gap, and the class of the nearest structure for the group of a metal's structure.
-Probes are fitted to the training structures and scored on the test file. Runs end with one line each in the results
+volume per atom and the HOMO-LUMO gap, and the class of the nearest structure for the group of a metal's structure and
+the polymorph of an oxide, there the nearest of those of other metals. Probes are fitted to the training structures and scored on the test file. Runs end with one line each in the results
 file:
 
     python -m benchmarks.evidence.probes --data FOLDER --learning RESULTS --only Mo --seeds 0 1 2
@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import ase.db
 import numpy as np
 from ase import Atoms
+from ase.spacegroup import get_spacegroup
 
 from benchmarks.command_line import parser_of
 from benchmarks.common import existing_folder
@@ -35,8 +35,19 @@ from benchmarks.evidence.trained import Length, Model, Pretraining, denoiser, fo
 from fairchem_scd.commands.embed.embeddings import embed
 
 RESULTS = Path(__file__).parents[1] / "results" / "probes.jsonl"
-SUITES = {"Mo": "few", "Li": "few", "molecules": "molecules"}
+SUITES = {"Mo": "few", "Li": "few", "oxides": "energies", "molecules": "molecules"}
 """Where `benchmarks.evidence.learning` has the data's model and pre-training."""
+_ENERGY = {"energy": lambda atoms: atoms.get_potential_energy() / len(atoms)}
+_CRYSTAL = {**_ENERGY, "volume": lambda atoms: atoms.get_volume() / len(atoms)}
+_METAL = {**_CRYSTAL, "group": databases.group_of}
+TARGETS: dict[str, dict[str, Callable[[Atoms], Any]]] = {
+    "Mo": _METAL,
+    "Li": _METAL,
+    # Its six polymorphs have six space groups.
+    "oxides": {**_CRYSTAL, "polymorph": lambda atoms: get_spacegroup(atoms).symbol},
+    "molecules": {**_ENERGY, "gap": databases.gap_of},
+}
+"""What probes are to find: energies and volumes per atom, eV and Å³; gaps, eV; classes."""
 UNTRAINED, SUPERVISED = "random weights", "energy and forces, all labels"
 PENALTIES = np.logspace(-4, 4, 17)
 """Of ridge regression on standardised features, times the number of structures."""
@@ -88,15 +99,28 @@ def ridge(x: np.ndarray, y: np.ndarray, x_test: np.ndarray) -> np.ndarray:
     return (x_test - mean) / scale @ best[1] + offset
 
 
-def nearest(x: np.ndarray, classes: np.ndarray, x_test: np.ndarray) -> np.ndarray:
-    """The class [T] of the nearest of B structures, by the distance between standardised features."""
+def nearest(x: np.ndarray, classes: np.ndarray, x_test: np.ndarray, apart: np.ndarray | None = None) -> np.ndarray:
+    """The class [T] of the nearest of B structures, by the distance between standardised features.
+
+    Args:
+        apart: [T, B] bool, those that are not asked; None: all are.
+    """
     mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-12
     one, other = (x_test - mean) / scale, (x - mean) / scale
-    return classes[np.linalg.norm(one[:, None] - other[None], axis=-1).argmin(axis=1)]
+    distances = np.linalg.norm(one[:, None] - other[None], axis=-1)
+    return classes[np.where(False if apart is None else apart, np.inf, distances).argmin(axis=1)]
 
 
-def probe(x: np.ndarray, x_test: np.ndarray, targets: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+def probe(
+    x: np.ndarray,
+    x_test: np.ndarray,
+    targets: dict[str, tuple[np.ndarray, np.ndarray]],
+    apart: np.ndarray | None = None,
+) -> dict[str, float]:
     """Scores of probes of features [B, C] on others [T, C].
+
+    Args:
+        apart: see `nearest`.
 
     Returns:
         For numbers the share of their variance on the test structures that is left over, 1 where the training mean does
@@ -105,7 +129,7 @@ def probe(x: np.ndarray, x_test: np.ndarray, targets: dict[str, tuple[np.ndarray
     scores = {}
     for name, (known, test) in targets.items():
         if known.dtype.kind == "U":
-            wrong = nearest(x, known, x_test) != test
+            wrong = nearest(x, known, x_test, apart) != test
             scores[name] = float(wrong.mean())
         else:
             left = ridge(x, known, x_test) - test
@@ -122,24 +146,21 @@ def load(name: str, folder: Path) -> tuple[list[Atoms], list[Atoms], dict[str, t
 
     Energies per atom are those beyond a sum over elements fitted to the training structures.
     """
-    parts, found = [], []
-    for file in databases.FILES[name]:
-        with ase.db.connect(str(folder / file)) as db:
-            rows = list(db.select())
-        atoms = [databases.repeated(row.toatoms()) for row in rows]
-        parts.append(atoms)
-        said = {"energy": np.array([a.get_potential_energy() / len(a) for a in atoms])}
-        if name == "molecules":
-            said["gap"] = np.array([row.data["gap"] for row in rows])
-        else:
-            said["volume"] = np.array([a.get_volume() / len(a) for a in atoms])
-            said["group"] = np.array([row.key_value_pairs["group"] for row in rows])
-        found.append(said)
-    shares = [databases.shares_of_elements(atoms) for atoms in parts]
+    parts = databases.read(name, folder)
+    found = [
+        {target: np.array([of(atoms) for atoms in part]) for target, of in TARGETS[name].items()} for part in parts
+    ]
+    shares = [databases.shares_of_elements(part) for part in parts]
     of_elements = databases.reference_energies(shares[0], found[0]["energy"])
     for said, share in zip(found, shares, strict=True):
         said["energy"] -= share @ of_elements
-    return parts[0], parts[1], {name: (found[0][name], found[1][name]) for name in found[0]}
+    return *parts, {target: (found[0][target], found[1][target]) for target in found[0]}
+
+
+def of_one_metal(test: list[Atoms], known: list[Atoms]) -> np.ndarray:
+    """[T, B] whether two oxides are of the same metal."""
+    metals = [np.array([max(atoms.numbers) for atoms in part]) for part in (test, known)]
+    return metals[0][:, None] == metals[1][None]
 
 
 # --- backbones --------------------------------------------------------------------------------------------------------
@@ -188,9 +209,10 @@ def train(run: Run, learned: Results, folder: Path) -> dict[str, Any] | None:
             )
             with in_form(form_of(run)):
                 made.append(embed(checkpoint, rows, batch_size=32, device="cpu"))
-    scores = {"features": probe(made[0].features, made[1].features, targets)}
+    apart = of_one_metal(test, known) if run.data == "oxides" else None
+    scores = {"features": probe(made[0].features, made[1].features, targets, apart)}
     if run.arm == "SCD":
-        scores["c"] = probe(made[0].condition, made[1].condition, targets)
+        scores["c"] = probe(made[0].condition, made[1].condition, targets, apart)
     return scores
 
 

@@ -21,7 +21,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import ase.db
 import numpy as np
 import torch
 from ase import Atoms
@@ -83,17 +82,15 @@ def runs(backbone: str, budgets: Sequence[int], seeds: Sequence[int], rates: Seq
 @cache
 def load(folder: Path) -> Splits:
     """The splits of `structures.load("molecules", folder)`, with the gap [eV] in the place of the energy."""
-    known, test = (_read(folder / f"molecules_{name}.db") for name in ("train", "test"))
-    return structures.split(known, test)
+    return structures.split(*(_of_gaps(part) for part in databases.read("molecules", folder)))
 
 
-def _read(path: Path) -> list[Atoms]:
+def _of_gaps(molecules: list[Atoms]) -> list[Atoms]:
     found = []
-    with ase.db.connect(str(path)) as rows:
-        for row in rows.select():
-            atoms = databases.repeated(row.toatoms())
-            atoms.calc = SinglePointCalculator(atoms, energy=row.data["gap"])
-            found.append(atoms)
+    for molecule in molecules:
+        atoms = molecule.copy()
+        atoms.calc = SinglePointCalculator(atoms, energy=databases.gap_of(molecule))
+        found.append(atoms)
     return found
 
 

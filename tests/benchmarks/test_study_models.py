@@ -438,6 +438,8 @@ def test_probes_score_by_the_variance_left_over_and_by_wrong_classes() -> None:
     scores = probes.probe(x, x_test, {"group": (classes, test), "number": (x[:, 0], x_test[:, 0])})
     assert scores["group"] == pytest.approx(1 / 3, abs=1e-5)
     assert scores["number"] < 1e-3
+    apart = np.array([[False, False, True, True]] * 2 + [[True, True, False, False]])
+    assert probes.nearest(x, classes, x_test, apart).tolist() == ["a", "a", "b"]
     unknowable = probes.probe(np.zeros((4, 1)), np.zeros((3, 1)), {"number": (classes == "a", mean_alone)})
     assert unknowable["number"] == pytest.approx(1.0)
 
