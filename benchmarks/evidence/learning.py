@@ -125,7 +125,8 @@ so plain denoising twice as long is its equal in compute.
 """
 
 PRETRAINED = tuple(f"{start}, then {PLAIN}" for start in STARTS)
-ARMS = (PLAIN, *TASKS, *PRETRAINED)
+THEN_DENS = "plain denoising, then DeNS, prob 0.25, coefficient 100"
+ARMS = (PLAIN, *TASKS, *PRETRAINED, THEN_DENS)
 
 
 _CUTOFF = {"oxides": {"radius": 3.5, "neighbors": 60}}
@@ -248,7 +249,14 @@ SUITES = {
         data=("oxides",),
         lengths=(Length(300, 8, 2e-3),),
     ),
-    "long": replace(_FEW, data=_METALS, budgets=((None,),), arms=_BESIDE, lengths=(Length(3000, 4, 1e-3),), points=12),
+    "long": replace(
+        _FEW,
+        data=_METALS,
+        budgets=((None,),),
+        arms=(*_BESIDE, PRETRAINED[0], THEN_DENS),
+        lengths=(Length(3000, 4, 1e-3),),
+        points=12,
+    ),
     "longer": replace(
         _FEW, data=("Mo",), budgets=((None,),), arms=_BESIDE[:2], lengths=(Length(9000, 4, 1e-3),), points=18
     ),

@@ -4,8 +4,8 @@ The backbones are those that `benchmarks.evidence.learning` pre-trained, one for
 here: with random weights, and trained on all labels for as many steps as pre-training had. A probe sees the features
 pooled over a structure's atoms, or c, and no gradient reaches the backbone: ridge regression for energy per atom,
 volume per atom and the HOMO-LUMO gap, and the class of the nearest structure for the group of a metal's structure and
-the polymorph of an oxide, there the nearest of those of other metals. Probes are fitted to the training structures and scored on the test file. Runs end with one line each in the results
-file:
+the polymorph of an oxide, there the nearest of those of other metals. Probes are fitted to the training structures and
+scored on the test file. Runs end with one line each in the results file:
 
     python -m benchmarks.evidence.probes --data FOLDER --learning RESULTS --only Mo --seeds 0 1 2
 """

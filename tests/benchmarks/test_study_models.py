@@ -247,6 +247,22 @@ def test_noise_falls_from_four_times_its_size(batch: Any) -> None:
         torch.testing.assert_close(drawn.sigma, factor * expected.sigma)
 
 
+def test_noise_keeps_its_mean_and_nothing_else_is_changed(batch: Any) -> None:
+    task, usual = (changed("embedding").denoising_tasks["scd"] for _ in range(2))
+    forms.FORMS["mean of the noise kept"].change_task(task)
+    seen = changed("embedding").structures_of(batch)
+    means = []
+    for step in range(400):
+        drawn, expected = (some.corrupt(seen, seed=0, step=step) for some in (task, usual))
+        added = drawn.noise - expected.noise
+        means.append(mean_of_structures(added, batch.batch, len(batch.natoms)))
+        torch.testing.assert_close(added, means[-1][batch.batch])
+    found = torch.stack(means).std(dim=(0, 2)) * batch.natoms.sqrt()
+    torch.testing.assert_close(found, torch.full_like(found, 0.1), rtol=0.1, atol=0)
+    judged_on = [some.corrupt(seen, seed=0, step=VALIDATION).noise for some in (task, usual)]
+    assert torch.equal(*judged_on)
+
+
 def test_what_a_form_changes_reaches_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer has tasks of its own, beside those of its model."""
     seen = []

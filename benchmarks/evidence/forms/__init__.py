@@ -59,6 +59,7 @@ LEVERS = {
     "dropped by atom": Form({"condition_drop": 0.0}, embeddings.dropped_by_atom),
     "contrastive term": Form(change=training.contrastive),
     "σ from large to small": Form(change_task=training.from_large_noise),
+    "mean of the noise kept": Form(change_task=training.with_mean),
     "difference, the embedding beside it": Form(change=difference.told_differences_and_embedding),
     "difference of embeddings": Form(change=difference.told_difference_of_embeddings),
     "difference of embeddings, the embedding beside it": Form(

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,5 +70,25 @@ def from_large_noise(task: Any) -> None:
         first = step if first is None else first
         factor = math.exp(math.log(4.0) * max(0.0, 1 - (step - first) / 500))
         return replace(found, noise=factor * found.noise, sigma=factor * found.sigma)
+
+    task.corrupt = corrupt
+
+
+def with_mean(task: Any) -> None:
+    """In training the noise keeps its mean over a structure's atoms, which no model can find.
+
+    Args:
+        task: of all atoms, the trainer's, which draws the noise.
+    """
+    drawn = task.corrupt
+
+    def corrupt(structures: Any, *, seed: int, step: int) -> Corruption:
+        found = drawn(structures, seed=seed, step=step)
+        if step == VALIDATION:
+            return found
+        # The mean of N independent displacements has standard deviation σ / √N, and is independent of what is left.
+        means = np.random.default_rng([seed, step]).standard_normal((len(found.sigma), 3), dtype=np.float32)
+        size = found.sigma / structures.natoms.sqrt()
+        return replace(found, noise=found.noise + (size[:, None] * torch.from_numpy(means))[found.batch])
 
     task.corrupt = corrupt
