@@ -28,10 +28,19 @@ from benchmarks.command_line import parser_of
 from benchmarks.common import existing_folder
 from benchmarks.evidence import databases, learning, structures
 from benchmarks.evidence.forms import FORMS
-from benchmarks.evidence.results import Results, environment, key_of
+from benchmarks.evidence.results import Results, environment
 from benchmarks.evidence.structures import KeptAseDB, Splits
 from benchmarks.evidence.study import add_options, begin
-from benchmarks.evidence.trained import Length, Model, Pretraining, denoiser, form_of, in_form, train_labels
+from benchmarks.evidence.trained import (
+    Length,
+    Model,
+    Pretraining,
+    denoiser,
+    form_of,
+    in_form,
+    kept_pretraining,
+    train_labels,
+)
 from fairchem_scd.commands.embed.embeddings import embed
 
 RESULTS = Path(__file__).parents[1] / "results" / "probes.jsonl"
@@ -169,8 +178,7 @@ def of_one_metal(test: list[Atoms], known: list[Atoms]) -> np.ndarray:
 def checkpoint_of(run: Run, learned: Results, folder: Path, splits: Splits, kept: Path) -> Path | None:
     """The checkpoint of a run's backbone; None: `benchmarks.evidence.learning` has not pre-trained it yet."""
     if run.pretraining is not None:
-        settings = {"data": run.data, "model": asdict(run.model), "pretraining": asdict(run.pretraining)}
-        path = learned.path.with_suffix(".checkpoints") / f"{key_of(settings)}.pt"
+        _, path = kept_pretraining(run, learned)
         return path if path.exists() else None
     if run.arm == UNTRAINED:
         nothing = Length(1, 4, 1e-3)

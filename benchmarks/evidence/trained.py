@@ -403,11 +403,21 @@ def start_of(run: Any, splits: Splits, results: Results, here: Mapping[str, str]
     """
     if run.pretraining is None:
         return None
-    settings = {"data": run.data, "model": asdict(run.model), "pretraining": asdict(run.pretraining)}
-    checkpoint = results.path.with_suffix(".checkpoints") / f"{key_of(settings)}.pt"
+    settings, checkpoint = kept_pretraining(run, results)
     with results.claimed(settings, wait=True) as mine:
         if mine or not checkpoint.exists():
             scores = pretrain(run.model, run.pretraining, splits, checkpoint)
             if mine:
                 results.append({**before, "run": settings, "scores": scores, **here})
     return checkpoint
+
+
+def kept_pretraining(run: Any, results: Results) -> tuple[dict[str, Any], Path]:
+    """What tells a run's pre-training from others, and where its checkpoint is, once it is there.
+
+    Args:
+        run: with `data`, `model` and `pretraining`.
+        results: of the study that pre-trains.
+    """
+    settings = {"data": run.data, "model": asdict(run.model), "pretraining": asdict(run.pretraining)}
+    return settings, results.path.with_suffix(".checkpoints") / f"{key_of(settings)}.pt"
