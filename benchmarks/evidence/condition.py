@@ -109,6 +109,11 @@ def suite(
                 for setting in around(Run(rung, "", _STD.get(rung, 0.04), model, length(1000, 32), seed)):
                     for form in chosen(("plain", "embedding")):
                         yield replace(setting, form=form)
+        elif name == "sigmas":
+            for rung in data or ("two_atoms",):
+                for std in (0.02, 0.04, 0.1, 0.2, 0.3):
+                    for form in chosen(("plain", "embedding")):
+                        yield Run(rung, form, std, _REAL.get(rung, _CELLS), length(1000, 32), seed)
         elif name == "levers":
             for rung in data or ("molecules",):
                 for form in chosen(FORMS):
@@ -118,7 +123,7 @@ def suite(
             raise ValueError(f"unknown suite {name!r}; known: {', '.join(SUITES)}")
 
 
-SUITES = ("small", "real", "frontier", "levers")
+SUITES = ("small", "real", "frontier", "sigmas", "levers")
 
 
 def on(backbone: str, run: Run) -> Run:
@@ -193,7 +198,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "suite",
         choices=SUITES,
-        help="small: cells made here; real: DFT data and slabs; frontier: one setting varied; levers: forms",
+        help="small: cells made here; real: DFT data and slabs; frontier: one setting varied; sigmas: σ varied; "
+        "levers: forms",
     )
     add("--data", type=existing_folder, metavar="FOLDER", help="folder of the ASE databases")
     add("--only", nargs="+", metavar="DATA", help="these data alone")
