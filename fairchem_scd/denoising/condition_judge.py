@@ -158,8 +158,10 @@ class ConditionJudge:
     def report(self) -> ConditionReport | None:
         """What was found, over all ranks: the same on each. None: there is no other structure. A collective call."""
         merged: dict[Key, Score] = {}
-        for scores in reversed(gathered(self.scores)):
-            merged.update(scores)
+        for scores in gathered(self.scores):
+            for key, score in scores.items():
+                if key not in merged or len(score.absolute) > len(merged[key].absolute):
+                    merged[key] = score
         # Where a host ends both sweeps early, a loader that shuffles may have read a structure in one of them alone.
         scores = [score for _, score in sorted(merged.items()) if self._others and len(score.absolute) == len(_TOLD)]
         judged = [score for score in scores if score.embedded]
@@ -178,6 +180,7 @@ class ConditionJudge:
             gain_over_none=Gain.of(mse["right"], mse["none"]),
             dimensions=participation_ratio(conditions),
             spread=relative_spread(conditions),
+            trained_without=getattr(self.task.settings, "condition_drop", None) != 0,
         )
 
     def conditions(self) -> Tensor:

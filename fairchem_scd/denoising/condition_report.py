@@ -5,21 +5,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from scipy import special
 from torch import Tensor
 
 SIGNIFICANT = 3.0
-"""A gain counts where it is more than so many of its standard errors …"""
+"""A gain counts where it is more than so many of its standard errors (see `Gain.margin`) …"""
 
 SMALLEST = 0.001
 """… and not less than this: of a tenth of a percent nobody would have any use, and below are rounding errors."""
 
+WORTHWHILE = 0.05
+"""Only where so large a gain can be excluded is it said that there is none."""
+
 
 @dataclass(frozen=True)
 class Gain:
-    """1 − (mean of some errors) / (mean of the others), and the standard error of that over structures."""
+    """1 − (mean of some errors) / (mean of the others), the standard error of that, and over how many structures."""
 
     value: float
     error: float
+    structures: int
 
     @classmethod
     def of(cls, errors: Tensor, others: Tensor) -> Gain:
@@ -37,12 +42,23 @@ class Gain:
         bottom = others.mean()
         ratio = errors.mean() / bottom
         spread = (errors - ratio * others).std() / bottom / math.sqrt(len(errors))
-        return cls(1 - float(ratio), float(spread))
+        return cls(1 - float(ratio), float(spread), len(errors))
+
+    @property
+    def margin(self) -> float:
+        """How far chance may move it: `SIGNIFICANT` standard errors; of few structures more, by Student's t."""
+        unlikely = special.ndtr(-SIGNIFICANT)
+        return self.error * float(-special.stdtrit(self.structures - 1, unlikely))
 
     @property
     def counts(self) -> bool:
         """Whether it is more than chance and not too small to matter."""
-        return self.value > SIGNIFICANT * self.error and self.value >= SMALLEST
+        return self.value > self.margin and self.value >= SMALLEST
+
+    @property
+    def excluded(self) -> bool:
+        """Whether it is, by all chance, too small to be worth a pass of its own."""
+        return not self.counts and self.value + self.margin < WORTHWHILE
 
     def __str__(self) -> str:
         percent = round(100 * self.value, 1) + 0.0  # no -0.0
@@ -76,6 +92,7 @@ class ConditionReport:
             `condition_drop` of the structures alone, so "none" is worse than what plain denoising would reach.
         dimensions: participation ratio of what the judged structures are told.
         spread: `relative_spread` of the same.
+        trained_without: the noisy pass was trained without an embedding too. Otherwise "none" says little.
     """
 
     structures: int
@@ -85,6 +102,7 @@ class ConditionReport:
     gain_over_none: Gain
     dimensions: float
     spread: float
+    trained_without: bool = True
 
     @property
     def explained(self) -> Gain:
@@ -116,18 +134,30 @@ class ConditionReport:
         Args:
             supervised: outputs are trained beside the task. Then its clean pass is needed anyway.
         """
-        if self.gain.counts and self.gain_over_none.counts:
-            return f"The condition explains {self.explained} of the noise."
         plain = "condition: [] would have done as much" if supervised else "this was plain denoising at twice the cost"
-        if self.gain.counts:
-            found = (
-                f"The model relies on the condition (the error is {self.gain} less than told another structure's), but "
-                f"predicts the noise no better with it than without it ({self.gain_over_none})"
+        if self.gain.counts and self.gain_over_none.counts:
+            if self.trained_without:
+                return f"The condition explains {self.explained} of the noise error that is left without it."
+            return (
+                f"The condition explains {self.explained} of the noise error that is left without it, or less: "
+                "condition_drop is 0, so no pass was trained without it. Compare with a run of condition: []."
             )
-        else:
+        if self.gain.excluded:
             found = (
                 "The condition carried nothing: another structure's embedding serves as well as the right one "
                 f"({self.gain})"
+            )
+        elif self.gain_over_none.excluded:
+            relies = f"relies on the condition (the error is {self.gain} less than told another structure's), but "
+            found = (
+                f"The model {relies if self.gain.counts else ''}predicts the noise no better with the condition than "
+                f"without it ({self.gain_over_none})"
+            )
+        else:
+            unsure = self.gain_over_none if self.gain.counts else self.gain
+            return (
+                f"Whether the condition explains anything cannot be told from {self.structures} structures: the gain "
+                f"of {unsure} may be chance. Judge more structures; see docs/metrics.md."
             )
         return f"{found}: {plain}; see docs/pretraining.md."
 

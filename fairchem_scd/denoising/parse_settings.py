@@ -41,7 +41,10 @@ class Denoising:
         fields = DenoisingBlock.model_fields.items()
         acting = [name for name, field in fields if getattr(self, name) != field.default]
         if not acting:
-            return f"{key_of()} turns on no task: this trains as the host's trainer would"
+            return (
+                f"{key_of()} turns on no task: this trains as the host's trainer would. New heads start as the host "
+                "has them, too; in fine-tuning, quiet_heads: true lets those of scalars start at zero"
+            )
         return f"{key_of()} turns on no task: no step denoises. Its other settings count: {', '.join(acting)}"
 
 

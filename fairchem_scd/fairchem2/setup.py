@@ -96,8 +96,12 @@ def prepare(job: Any, model: nn.Module, host_tasks: Sequence[Task], block: Any, 
 
 def without_tasks(settings: Denoising) -> str:
     """What a block means that turns on no task, for a warning."""
-    plain, quiet = "this trains as the host's unit would", "no step denoises, but new heads start quietly"
-    return f"{KEY} turns on no task: {quiet if settings.quiet_heads else plain}"
+    if settings.quiet_heads:
+        return f"{KEY} turns on no task: no step denoises, but new heads start quietly"
+    return (
+        f"{KEY} turns on no task: this trains as the host's unit would. New heads start as the host has them, too; in "
+        "fine-tuning, quiet_heads: true lets those of scalars start at zero"
+    )
 
 
 def _quieten_heads(model: nn.Module, asked: bool | None, *, denoises: bool) -> None:
@@ -124,11 +128,14 @@ def _quieten_heads(model: nn.Module, asked: bool | None, *, denoises: bool) -> N
     quiet = quieten(model.output_heads, adapter_for(model.backbone), readout=False)
     if quiet:
         logging.info("heads that start quietly, with a last layer of zeros: %s", ", ".join(quiet))
-    elif asked:
-        raise ConfigError(
-            f"{key_of('quiet_heads')}: none of {refusals.UNIT}.model.heads is a new one of scalars whose last layer is "
-            f"known: {', '.join(model.output_heads)}; leave quiet_heads out"
-        )
+        return
+    none = (
+        f"none of {refusals.UNIT}.model.heads is a new one of scalars whose last layer is known: "
+        f"{', '.join(model.output_heads)}"
+    )
+    if asked:
+        raise ConfigError(f"{key_of('quiet_heads')}: {none}; leave quiet_heads out")
+    logging.info("no head starts quietly: %s", none)
 
 
 def _check_every_step_denoises(tasks: Mapping[str, DenoisingTask]) -> None:

@@ -312,6 +312,24 @@ def test_overrides_of_fine_tuning_are_exported_where_an_argument_means_the_same(
     assert "fine-tuned from" in fairchem_scd("export", path, tmp_path / "gone.pt", code=1).output
 
 
+def test_a_run_without_a_task_that_was_fine_tuned_is_exported_whole(runs, data, rows, tmp_path):
+    """Its own checkpoint cannot be loaded without the one that it started from, which is this package's."""
+    start = tmp_path / "start.pt"
+    start.write_bytes((runs["dens"][1] / "best_checkpoint.pt").read_bytes())
+    config = tiny_config(data, denoising={"quiet_heads": True})
+    del config["model"]["backbone"]
+    config["model"]["finetune_config"] = {"starting_checkpoint": str(start)}
+    trainer, folder = trained(config, tmp_path / "run")
+    assert checkpoint.read(folder / "checkpoint.pt")["config"]["model"]["name"] == "hydra"
+    fairchem_scd("export", folder / "checkpoint.pt", tmp_path / "plain.pt", "--weights", "raw")
+    start.unlink()
+    outputs = []
+    for model in (trainer._unwrapped_model, load_model_and_weights_from_checkpoint(str(tmp_path / "plain.pt"))):
+        torch.manual_seed(3)
+        outputs.append(model.eval()(collate(rows[:2])))
+    assert all(torch.equal(value, outputs[1][key]) for key, value in outputs[0].items())
+
+
 def test_an_export_says_which_weights_it_holds(runs, tmp_path):
     _, folder = runs["dens"]
     for weights, other in (("raw", "ema"), ("ema", "raw")):

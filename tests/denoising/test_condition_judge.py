@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from fairchem_scd.denoising import condition_judge
 from fairchem_scd.denoising.condition_judge import ConditionJudge, keys_of, partners, structure_errors
 from fairchem_scd.denoising.condition_report import ConditionReport, Errors, Gain, participation_ratio, relative_spread
 from fairchem_scd.denoising.conditions import SelfCondition
@@ -206,10 +207,21 @@ def test_a_head_that_reads_the_condition_gains_what_it_is_told(telling, batches)
 def test_a_model_that_is_deaf_to_the_condition_gains_nothing():
     model = models({"scd": {"std": SIGMA}}, supervised=False)[1]  # its modulation starts as the identity
     report = judged(model, [clusters(SIZES)]).report()
-    assert report.gain == report.gain_over_none == Gain(0.0, 0.0)
+    assert report.gain == report.gain_over_none == Gain(0.0, 0.0, report.structures)
     assert report.mse.right == report.mse.other == report.mse.none
     assert "twice the cost" in report.sentence(supervised=False)
     assert "twice the cost" not in report.sentence(supervised=True)
+
+
+def test_what_one_rank_has_judged_in_part_hides_nothing_that_another_has_judged(monkeypatch):
+    model = models({"scd": {"std": SIGMA}}, supervised=False)[1]
+    whole = judged(model, [clusters(SIZES)])
+    expected = whole.report()
+    part = ConditionJudge(model, model.denoising_tasks["scd"], model)
+    part.first(clusters(SIZES))
+    for scores in ([part.scores, whole.scores], [whole.scores, part.scores]):
+        monkeypatch.setattr(condition_judge, "gathered", lambda _, scores=scores: scores)
+        assert whole.report() == expected
 
 
 # --- batches, partners --------------------------------------------------------------------------------------------
@@ -360,20 +372,54 @@ def test_relative_spread_is_that_of_the_samples_against_their_size():
 @pytest.mark.parametrize(
     ("gain", "over_none", "begins", "plain"),
     [
-        ((0.5, 0.1), (0.2, 0.05), "The condition explains 20.0 ± 5.0 % of the noise.", False),
-        ((0.2, 0.01), (0.5, 0.1), "The condition explains 20.0 ± 1.0 % of the noise.", False),
-        ((0.5, 0.1), (0.1, 0.05), "The model relies on the condition", True),
+        ((0.5, 0.1), (0.2, 0.05), "The condition explains 20.0 ± 5.0 % of the noise error that is left without", False),
+        ((0.2, 0.01), (0.5, 0.1), "The condition explains 20.0 ± 1.0 % of", False),
+        ((0.5, 0.1), (0.01, 0.01), "The model relies on the condition", True),
         ((0.5, 0.1), (-0.2, 0.05), "The model relies on the condition", True),
-        ((0.2, 0.1), (0.5, 0.1), "The condition carried nothing", True),
-        ((0.0009, 0.0001), (0.5, 0.1), "The condition carried nothing", True),
         ((0.2, 0.01), (0.0009, 0.0001), "The model relies on the condition", True),
-        ((-0.0004, 0.1), (0.5, 0.1), "The condition carried nothing: another structure's embedding serves", True),
+        ((0.01, 0.01), (0.5, 0.1), "The condition carried nothing", True),
+        ((0.0009, 0.0001), (0.5, 0.1), "The condition carried nothing", True),
+        ((-0.0004, 0.01), (0.5, 0.1), "The condition carried nothing: another structure's embedding serves", True),
+        ((0.1, 0.05), (-0.2, 0.05), "The model predicts the noise no better with the condition than without it", True),
+        (
+            (0.2, 0.1),
+            (0.5, 0.1),
+            "Whether the condition explains anything cannot be told from 999 structures: the",
+            False,
+        ),
+        (
+            (0.5, 0.1),
+            (0.1, 0.05),
+            "Whether the condition explains anything cannot be told from 999 structures: the",
+            False,
+        ),
     ],
 )
 def test_the_sentence_claims_no_more_than_three_standard_errors_and_the_smaller_gain(gain, over_none, begins, plain):
-    errors = Errors(0.1, 0.2, 0.3, 0.4)
-    report = ConditionReport(9, errors, errors, Gain(*gain), Gain(*over_none), 2.0, 0.5)
-    sentence = report.sentence(supervised=False)
+    sentence = report_of(gain, over_none).sentence(supervised=False)
     assert sentence.startswith(begins)
     assert ("plain denoising at twice the cost; see docs/pretraining.md." in sentence) == plain
     assert "-0.0 " not in sentence
+
+
+def test_the_sentence_says_where_no_pass_without_the_condition_was_trained():
+    sentence = report_of((0.5, 0.1), (0.2, 0.05), trained_without=False).sentence(supervised=False)
+    assert sentence.startswith(
+        "The condition explains 20.0 ± 5.0 % of the noise error that is left without it, or less"
+    )
+    assert sentence.endswith("Compare with a run of condition: [].")
+
+
+def report_of(gain: tuple[float, float], over_none: tuple[float, float], **said: bool) -> ConditionReport:
+    errors = Errors(0.1, 0.2, 0.3, 0.4)
+    return ConditionReport(999, errors, errors, Gain(*gain, 999), Gain(*over_none, 999), 2.0, 0.5, **said)
+
+
+@pytest.mark.parametrize("structures", [2, 4, 10, 100])
+def test_chance_gives_a_gain_that_counts_once_in_700_times_however_few_structures_there_are(structures):
+    """As three standard errors of many normal values do on one side: 0.135 %."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = 1e-2 * torch.randn(40_000, structures, generator=generator, dtype=torch.float64)
+    means, errors = -drawn.mean(dim=1), drawn.std(dim=1) / structures**0.5
+    margin = Gain(0.0, 1.0, structures).margin
+    assert (means > margin * errors).double().mean() == pytest.approx(0.00135, abs=0.0006)

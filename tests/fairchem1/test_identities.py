@@ -12,10 +12,13 @@ import pytest
 import torch
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from fairchem_scd.commands.embed.judgement import judge
 from fairchem_scd.denoising.structures import structures_of
 from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs, write_emt_slabs
-from fairchem_scd.testing import make_trainer, on_ranks
+from fairchem_scd.fairchem1.data.split import load_split
+from fairchem_scd.testing import make_trainer, on_ranks, stirred
 from tests.support.configs import pretraining, tiny_config
+from tests.support.models import edge_frames_without_chance
 
 ROWS = 12
 DENOISING = {"dens": {"prob": 1.0}}
@@ -99,6 +102,22 @@ def test_the_noise_of_validation_is_told_apart_too(frames, tmp_path):
     with trainer.validating():
         noise = trainer._begin(batch).corruption.noise.split(batch.natoms.tolist())
     assert len({tuple(of.flatten().tolist()) for of in noise}) == ROWS
+
+
+@pytest.mark.parametrize("make", [tiny_config, pretraining])
+def test_a_condition_is_judged_on_the_noise_of_each_row_in_validation_and_afterwards_alike(make, frames, tmp_path):
+    config = ase_config(tmp_path, frames, make, eval_batch_size=ROWS)
+    config["task"]["denoising"] = {"scd": {"judge_condition": True}}
+    with edge_frames_without_chance():
+        trainer = make_trainer(config, tmp_path)
+        trainer.ema = None
+        stirred(trainer._unwrapped_model)
+        metrics = trainer.validate(disable_tqdm=True)
+        saved = torch.load(trainer.save(checkpoint_file="checkpoint.pt", training_state=True), weights_only=False)
+        for batch_size in (5, ROWS):
+            report, _ = judge(saved, load_split(config, "val"), batch_size=batch_size)
+            for name, value in report.metrics().items():
+                assert value == pytest.approx(metrics[name]["metric"], rel=1e-4, abs=1e-6), name
 
 
 def test_frames_that_share_a_name_are_repeated_each_by_itself(frames, tmp_path):

@@ -27,9 +27,6 @@ _PUBLISHED = 2.7
 _FAR = 3.0
 """Where DeNS's ratio is this many times smaller or larger than the published one, a coefficient to try is said."""
 
-_LITTLE = 0.1
-"""The same for other tasks below this and above its inverse; no run says what their ratio should be."""
-
 Row = TypeVar("Row")
 
 
@@ -123,9 +120,6 @@ def _say_weight(heading: str, task: DenoisingTask, noise: float, forces: float, 
         same = _short(coefficient * _PUBLISHED / ratio)
         report.say("", f"in the published run on OC20 2M the ratio is about {_PUBLISHED:g}; here coefficient: {same}")
         report.say("", "would make it that. A value to try in a long run, no rule: docs/adding-dens.md")
-    elif not replaces_forces(task) and not _LITTLE <= ratio <= 1 / _LITTLE:
-        same = _short(coefficient / ratio)
-        report.say("", f"coefficient: {same} would make both the same. A value to try, no rule")
 
 
 def _say_labels(seen: float, length: float, counted: str, report: Report) -> None:

@@ -19,9 +19,10 @@ from fairchem_scd.denoising.condition_report import ConditionReport
 from fairchem_scd.denoising.passes import embedding_task
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1.backbones import adapter_for
+from fairchem_scd.fairchem1.data.numbered import Numbered, repeated_name, told_apart
 from fairchem_scd.fairchem1.data.rows import check_batch, check_elements, names_of, neighbours_needed
 
-_NAMES = ("sid", "fid")
+_NAMES = ("sid", "fid", "row_number")
 
 
 def judge(
@@ -36,8 +37,8 @@ def judge(
 ) -> tuple[ConditionReport, bool]:
     """Judge the condition of a checkpoint as the validation of its run would, on any data.
 
-    The noise is that of validation: that of a structure follows from its name (sid and fid). The model runs in eval
-    mode and float32.
+    The noise is that of validation: that of a structure follows from its name (sid and fid), joined by its row's number
+    where rows may share names. The model runs in eval mode and float32.
 
     Args:
         checkpoint: of this package, with SCD.
@@ -62,6 +63,8 @@ def judge(
     model.backbone.use_pbc_single = not task.subset_settings
     keys = (*INPUT, *_NAMES, *sorted(task.labels - {"tags"}))
     found = ConditionJudge(model, task, model, structures=model.structures_of)
+    if not isinstance(dataset, Numbered):
+        dataset = told_apart(dataset, repeated_name(dataset))
     size = len(dataset) if limit is None else min(limit, len(dataset))
 
     def run(sweep: Callable[[Any], None], rows: Sequence[Any], first: int) -> None:

@@ -1,4 +1,4 @@
-"""Denoising checkpoints made plain: what fairchem loads and trains on without this package."""
+"""Checkpoints made plain and whole: what fairchem loads and trains on without this package, or any other file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def export(
     """A checkpoint to predict with in plain fairchem: the host's model, keys and config, and no training state.
 
     Args:
-        checkpoint: of this package.
+        checkpoint: of this package, or of the plain hydra fine-tuned from another checkpoint.
         weights: "ema", the moving average, or "raw"; None: the average where the checkpoint has one.
         backbone_only: leave the heads out; what is left is what `model.finetune_config.starting_checkpoint` needs.
 
@@ -114,7 +114,8 @@ def _unused(plain: HydraModel, trained: Collection[str]) -> dict[str, Tensor]:
 
 def _check_exportable(run: StoredRun) -> None:
     name = run.model_block.get("name")
-    if name not in _OURS:
+    # A plain hydra is one as it is, unless another checkpoint, maybe of this package, says what its backbone is.
+    if name not in _OURS and not (name == "hydra" and run.model_block.get("finetune_config")):
         raise ConfigError(f"the checkpoint's model is '{name}', not this package's: fairchem loads it as it is")
     check_exportable(run.weights)
 

@@ -40,18 +40,20 @@ def named(dataset: Any) -> bool:
     return first is None or "sid" in first
 
 
-def needs_numbers(dataset: Any, repeated: Any) -> bool:
-    """Whether names alone may not tell the structures of a host dataset apart.
+def told_apart(dataset: Any, repeated: tuple[str, int, int] | None) -> Any:
+    """A host dataset of which no two rows have the same identity, and so the same noise.
 
-    ASE's formats say so whatever the sample: a name is what the user wrote into `atoms.info`, often a trajectory's, and
-    all frames have fid 0 unless the user wrote that too. Other formats do where a sample repeats a name; names that are
-    unique, as OC20's, stay the keys of the noise that they have always been.
+    Rows get a number where names alone may not tell them apart. ASE's formats are such whatever the sample: a name is
+    what the user wrote into `atoms.info`, often a trajectory's, and all frames have fid 0 unless the user wrote that
+    too. Other formats are where a sample repeats a name; names that are unique, as OC20's, stay the keys of the noise
+    that they have always been.
 
     Args:
         dataset: a subset, as the host makes it.
         repeated: what `repeated_name` found.
     """
-    return repeated is not None or isinstance(dataset.dataset, AseAtomsDataset)
+    numbered = repeated is not None or isinstance(dataset.dataset, AseAtomsDataset)
+    return Numbered(dataset, "row_number") if numbered else dataset
 
 
 def repeated_name(dataset: Any) -> tuple[str, int, int] | None:

@@ -22,7 +22,7 @@ from fairchem_scd.fairchem1.data import rows as data_rows
 from fairchem_scd.fairchem1.data.cell_repeats import RepeatedCells
 from fairchem_scd.fairchem1.data.cell_repeats import check_outputs as check_repeatable
 from fairchem_scd.fairchem1.data.guarded import Guarded
-from fairchem_scd.fairchem1.data.numbered import Numbered, named, needs_numbers, repeated_name
+from fairchem_scd.fairchem1.data.numbered import Numbered, named, repeated_name, told_apart
 from fairchem_scd.fairchem1.data.sources import check_source
 from fairchem_scd.fairchem1.hydra import freeze
 from fairchem_scd.fairchem1.trainer.row_check import row_check
@@ -123,11 +123,11 @@ class SetupMixin:
         quiet = quieten(model.output_heads, adapter_for(model.backbone), readout=fresh)
         if quiet:
             logging.info("heads that start quietly, with a last layer of zeros: %s", ", ".join(quiet))
-        elif self.denoising.quiet_heads:
-            raise ConfigError(
-                "task.denoising.quiet_heads: none of model.heads is a new one of scalars whose last layer is known: "
-                f"{', '.join(model.output_heads)}; leave quiet_heads out"
-            )
+            return
+        none = f"none of model.heads is a new one of scalars whose last layer is known: {', '.join(model.output_heads)}"
+        if self.denoising.quiet_heads:
+            raise ConfigError(f"task.denoising.quiet_heads: {none}; leave quiet_heads out")
+        logging.info("no head starts quietly: %s", none)
 
     def load_datasets(self) -> None:
         """Load the host's datasets and check a sample of the data."""
@@ -149,11 +149,12 @@ class SetupMixin:
     def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> Any:
         # Of other data predictions are made, and those are to be of every row, without noise.
         split = next((name for name in ("train", "val") if sampler is getattr(self, f"{name}_sampler", None)), None)
-        changed = split == "train" or (split == "val" and self.self_supervised)
+        judged = any(task.judges_condition for task in self.tasks.values())
+        changed = split == "train" or (split == "val" and (self.self_supervised or judged))
         if not named(dataset):
             dataset = Numbered(dataset)
         elif changed and (self.tasks or self.denoising.repeat_cells is not None):
-            dataset = _told_apart(dataset, split)
+            dataset = _said_apart(dataset, split)
         if self.denoising.repeat_cells is not None and split == "train":
             dataset = RepeatedCells(dataset, self.denoising.repeat_cells, self.draw_task.seed, sampler, self._per_atom)
         if split is not None:
@@ -194,8 +195,8 @@ class SetupMixin:
             self.ema = ExponentialMovingAverage(self.model.parameters(), self.ema_decay)
 
 
-def _told_apart(dataset: Any, split: str) -> Any:
-    """A host dataset of which no two rows have the same identity, and so the same noise."""
+def _said_apart(dataset: Any, split: str) -> Any:
+    """What `told_apart` makes of a host dataset, with a warning where rows share a name."""
     repeated = repeated_name(dataset)
     if repeated is not None and distutils.is_master():
         name, first, second = repeated
@@ -204,7 +205,7 @@ def _told_apart(dataset: Any, split: str) -> Any:
             "two rows get the same noise",
             split, first, second, name,
         )  # fmt: skip
-    return Numbered(dataset, "row_number") if needs_numbers(dataset, repeated) else dataset
+    return told_apart(dataset, repeated)
 
 
 def _mend_warmup(optim: dict[str, Any], steps_per_epoch: int | None) -> None:
