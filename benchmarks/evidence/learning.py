@@ -16,7 +16,7 @@ Suites, which --only, --arms, --labels and --seeds narrow down:
 - slabs: the same on metal slabs with adsorbates, labelled by ASE's effective medium theory;
 - rates, molecule_rates, slab_rates, longer_molecule_rates, equiformer_rates: learning rate and length of these, to be
   chosen on held-out structures;
-- start_rates, many_label_rates: the same of all three pre-trainings, and with 192 and all labels of molecules;
+- start_rates, many_label_rates: the same after each of three pre-trainings, and with 192 and all labels of molecules;
 - energies: as few, on oxides, whose structures are relaxed: energies alone;
 - compute, molecule_compute: plain training from random weights for as long as pre-training and fine-tuning together;
 - heads: as few, with energy heads that start as the host has them;
@@ -233,7 +233,7 @@ SUITES = {
     ),
     "start_rates": replace(
         _MOLECULES,
-        **{**_RATES, "budgets": ((96,),), "arms": PRETRAINED[:3]},
+        **{**_RATES, "budgets": ((96,),), "arms": (PLAIN, *PRETRAINED[:3])},
         lengths=tuple(Length(1000, 8, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
     ),
     "many_label_rates": replace(

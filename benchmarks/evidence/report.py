@@ -37,6 +37,7 @@ from benchmarks.evidence.tables import (
     fairchem2_table,
     groups_table,
     properties_table,
+    rates_table,
     saved_table,
     trained,
     tuned,
@@ -68,6 +69,7 @@ def sections(
     )
     settings = of_suites(learning, "tune", "molecule_tasks")
     heads = trained(learning, "heads")
+    rates = of_suites(learning, "molecule_rates", "start_rates", "many_label_rates", "longer_molecule_rates")
     grouped = [r for r in (*best_rates(few), *heads, *long) if "test_groups" in r["scores"]]
     longer = trained(learning, "compute", "molecule_compute")
     shared = {(r["run"]["data"], r["run"]["labels"]) for r in longer}
@@ -75,6 +77,7 @@ def sections(
     compute = compute if longer else []
     parts: dict[str, tuple[list[Record], str, Callable[[], str]]] = {
         "few": (few, FEW, lambda: arms_table(best_rates(few))),
+        "rates": (rates, RATES, lambda: rates_table(rates)),
         "labels": (several, LABELS, lambda: saved_table(several)),
         "compute": (compute, COMPUTE, lambda: compute_table(compute)),
         "heads": (heads, HEADS, lambda: arms_table(heads)),
@@ -156,6 +159,12 @@ labelled by GFN2-xTB (`benchmarks/evidence/molecules.py`); the test frames are l
 no test is on a molecule that is not in the training data. Learning rates are those that were best on held-out
 structures among the ones tried. "Last fifth" is the change of the held-out force error in the last fifth of the
 training: below zero it was still falling, above zero the labels were overfitted. Of two seeds both numbers are given.
+"""
+RATES = """\
+### Learning rates on molecules
+
+All that were run, each arm against plain training at the same rate. Rates that are best for forces after pre-training
+are smaller than those for energies.
 """
 LABELS = """\
 ### How many labels pre-training saves

@@ -130,6 +130,24 @@ def arms_table(records: list[Record], split: str = "test", *, best: bool = False
     )
 
 
+def rates_table(records: list[Record]) -> str:
+    """Errors of each arm at each learning rate, and their change against plain training at the same rate by seed."""
+    return errors_table(
+        records,
+        {
+            "data": lambda r: r["run"]["data"],
+            "labels": number_of_labels,
+            "steps": lambda r: r["run"]["length"]["steps"],
+            "learning rate": lambda r: r["run"]["length"]["lr"],
+        },
+        {
+            "held-out force MAE, meV/Å": lambda r: _milli(r, "force_mae", "held_out"),
+            "test force MAE, meV/Å": lambda r: _milli(r, "force_mae"),
+            "test energy MAE, meV/atom": lambda r: _milli(r, "energy_mae"),
+        },
+    )
+
+
 def groups_table(records: list[Record]) -> str:
     """Energy errors of each group of test structures, of runs that have errors by group."""
 
