@@ -169,7 +169,8 @@ def train(run: Run, folder: Path | None) -> dict[str, Any]:
         if run.form != SHRINKAGE:
             return watch_denoising(trainer, 4)
         cells = structures.CELLS[run.data]
-        known = [torch.from_numpy(cells.displacements(atoms, atoms.positions)) for atoms in held_out]
+        in_order = [held_out[i] for i in trainer.val_dataset.indices]  # which the host shuffles
+        known = [torch.from_numpy(cells.displacements(atoms, atoms.positions)) for atoms in in_order]
         found = summary({"none": shrinkage_errors(trainer, known, cells.displacement)}, [*map(len, held_out)])
         return {"steps": 0, "structures": found.pop("structures"), "curve": [{"step": 0, **found}]}
 

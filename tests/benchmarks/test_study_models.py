@@ -263,6 +263,25 @@ def test_noise_keeps_its_mean_and_nothing_else_is_changed(batch: Any) -> None:
     assert torch.equal(*judged_on)
 
 
+def test_shrinkage_is_told_the_displacements_of_the_structure_whose_noise_it_predicts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The host shuffles rows. Without their displacements two atoms are half of the cell's diagonal apart."""
+    seen = []
+
+    def errors(trainer: Any, known: list[torch.Tensor], size: float) -> torch.Tensor:
+        for i, displacement in enumerate(known):
+            row = trainer.val_dataset[i]
+            sites = row.pos - displacement.float()
+            seen.append((sites[1] - sites[0]) @ torch.linalg.inv(row.cell[0]) % 1)
+        return torch.ones(len(known))
+
+    monkeypatch.setattr(condition, "shrinkage_errors", errors)
+    model = Model(layers=1, channels=8, neighbors=60, mixed_sizes=False)
+    condition.train(condition.Run("two_atoms", condition.SHRINKAGE, 0.1, model, Length(1, 16, 1e-3), 0, 8), None)
+    torch.testing.assert_close(torch.stack(seen), torch.full((len(seen), 3), 0.5), atol=1e-4, rtol=0)
+
+
 def test_what_a_form_changes_reaches_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer has tasks of its own, beside those of its model."""
     seen = []
