@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 
 from benchmarks.evidence.condition_tables import but_form, ratio_of, with_error
+from benchmarks.evidence.structures import CELLS
 from benchmarks.evidence.tables import Record, table
 from fairchem_scd.commands import pictures as style
 from fairchem_scd.denoising.condition_report import Gain
@@ -101,34 +103,84 @@ def frontier_table(records: Sequence[Record]) -> str:
     return table([*heads, "(another's − right) / its error", "dimensions"], rows)
 
 
-def draw_frontier(records: Sequence[Record], path: Path) -> None:
-    """The share of plain denoising's noise error that is left with the right embedding, against each setting."""
+def draw_frontier(records: Sequence[Record], path: Path, *, ladder: Sequence[Record] = ()) -> None:
+    """The share of plain denoising's noise error that is left with the right embedding.
+
+    Args:
+        records: of runs that differ in one setting; a row of panels for each data set, a panel for each setting.
+        path: of the picture.
+        ladder: runs on cells made here; a panel of the last row has the longest of them, against the steps.
+    """
     groups = by_data(records)
-    settings = [name for name in VARIED if any(p.changed == name for found in groups.values() for p in found)]
-    figure = style.new_figure(style.DOUBLE, 2.0)
-    panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
-    for axes, setting in zip(panels, settings, strict=True):
-        ticks: dict[float, str] = {}
-        for i, ((data, seed), found) in enumerate(groups.items()):
-            shown = [(_place(p, setting), p) for p in found if p.changed in (setting, None)]
-            shown.sort(key=lambda pair: pair[0])
-            ticks |= {at: "all" if p.values[setting] is None else f"{p.values[setting]:g}" for at, p in shown}
-            axes.errorbar(
-                [at for at, _ in shown],
-                [1 - p.gain.value for _, p in shown],
-                yerr=[p.gain.error for _, p in shown],
-                capsize=2,
-                label=f"{data}, seed {seed}",
-                **{"color": style.COLORS[i], "linestyle": style.LINES[i], "marker": style.MARKERS[i]},
-            )
-        axes.axhline(1, color=style.OTHER, linewidth=0.8)
-        axes.set(xscale="log", xlabel=setting)
-        axes.set_xticks([*ticks], [*ticks.values()])
-        axes.minorticks_off()
-    panels[0].set_ylabel("right embedding\n/ plain denoising")
-    if len(groups) > 1:
-        panels[0].legend()
+    rows = {
+        data: {
+            name: {seed: found for (of, seed), found in groups.items() if of == data} for name in _changed(groups, data)
+        }
+        for data in dict.fromkeys(data for data, _ in groups)
+    }
+    steps = _curves(ladder)
+    figure = style.new_figure(style.DOUBLE, 1.9 * len(rows))
+    parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for part, (data, settings) in zip(parts, rows.items(), strict=True):
+        last = part is parts[-1] and bool(steps)
+        panels = part.subplots(1, len(settings) + last, sharey=True, squeeze=False)[0]
+        for axes, (setting, seeds) in zip(panels, settings.items(), strict=False):
+            _draw_setting(axes, setting, seeds)
+        if last:
+            _draw_steps(panels[-1], steps)
+        for axes in panels:
+            axes.axhline(1, color=style.OTHER, linewidth=0.8)
+        part.suptitle(data.replace("_", " "), fontsize="medium")
+        panels[0].set_ylabel("right embedding\n/ plain denoising")
     style.save(figure, path, force=True)
+
+
+def _changed(groups: Mapping[tuple[str, int], list[Point]], data: str) -> list[str]:
+    """The settings that were changed on a data set."""
+    found = {point.changed for (of, _), found in groups.items() if of == data for point in found}
+    return [name for name in VARIED if name in found]
+
+
+def _draw_setting(axes: Axes, setting: str, seeds: Mapping[int, list[Point]]) -> None:
+    ticks: dict[float, str] = {}
+    for i, (seed, found) in enumerate(seeds.items()):
+        shown = [(_place(p, setting), p) for p in found if p.changed in (setting, None)]
+        shown.sort(key=lambda pair: pair[0])
+        ticks |= {at: "all" if p.values[setting] is None else f"{p.values[setting]:g}" for at, p in shown}
+        axes.errorbar(
+            [at for at, _ in shown],
+            [1 - p.gain.value for _, p in shown],
+            yerr=[p.gain.error for _, p in shown],
+            capsize=2,
+            label=f"seed {seed}",
+            **{"color": style.COLORS[i], "linestyle": style.LINES[i], "marker": style.MARKERS[i]},
+        )
+    axes.set(xscale="log", xlabel=setting)
+    axes.set_xticks([*ticks], [*ticks.values()])
+    axes.minorticks_off()
+    if len(seeds) > 1:
+        axes.legend()
+
+
+def _curves(ladder: Sequence[Record]) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and right / plain denoising at them, of the longest runs with SCD's embedding on each kind of cells."""
+    plain = {but_form(record): record for record in ladder if record["run"]["form"] == "plain"}
+    longest: dict[str, tuple[list[int], list[float]]] = {}
+    for record in sorted(ladder, key=lambda r: r["scores"]["steps"]):
+        run, beside = record["run"], plain.get(but_form(record))
+        if run["data"] in CELLS and run["form"] == "embedding" and run["model"]["backbone"] == "painn" and beside:
+            curves = record["scores"]["curve"], beside["scores"]["curve"]
+            shares = [point["right"][0] / other["none"][0] for point, other in zip(*curves, strict=True)]
+            longest[run["data"]] = [point["step"] for point in curves[0]], shares
+    return dict(sorted(longest.items(), key=lambda item: [*CELLS].index(item[0])))
+
+
+def _draw_steps(axes: Axes, curves: Mapping[str, tuple[list[int], list[float]]]) -> None:
+    for i, (data, (steps, shares)) in enumerate(curves.items()):
+        look = {"color": style.COLORS[i], "linestyle": style.LINES[i], "marker": style.MARKERS[i]}
+        axes.plot(steps, shares, label=data.replace("_", " "), **look)
+    axes.set_xlabel("steps, on cells of")
+    axes.legend()
 
 
 def _place(point: Point, setting: str) -> float:

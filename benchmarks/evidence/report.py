@@ -12,6 +12,7 @@ import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +118,13 @@ def of_several_budgets(learning: list[Record]) -> list[Record]:
 
 
 def parted(condition: Sequence[Record]) -> tuple[list[Record], list[Record], list[Record]]:
-    """The ladder of data, the frontier and the levers, of the results of `evidence.condition`.
+    """The ladder of data, runs in which one setting is varied, and the levers, of the results of `evidence.condition`.
 
-    The usual runs of the last two are the same, and may have been done for either. Their runs on other data or of other
+    The usual runs of the frontier and the levers are the same, and may have been done for either. Their runs on other data or of other
     backbones count as of the ladder.
     """
     seeds = sorted({record["run"]["seed"] for record in condition})
-    wanted = {name: keys_of(suite(name, seeds, None, None)) for name in ("frontier", "levers")}
+    wanted = {name: keys_of(suite(name, seeds, None, None)) for name in ("frontier", "sigmas", "levers")}
     known = {record["suite"] for record in condition}
     named = {
         name: [record for record in condition if key_of(record["run"]) in keys] if name in known else []
@@ -131,7 +132,7 @@ def parted(condition: Sequence[Record]) -> tuple[list[Record], list[Record], lis
     }
     elsewhere = set().union(*wanted.values())
     ladder = [record for record in condition if key_of(record["run"]) not in elsewhere]
-    return ladder, named["frontier"], named["levers"]
+    return ladder, [*named["frontier"], *named["sigmas"]], named["levers"]
 
 
 def keys_of(runs: Iterable[Any]) -> set[str]:
@@ -329,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
             (draw_labels, of_several_budgets(learning), "few_labels"),
             (draw_curves, trained(learning, "long"), "beside_labels"),
             (draw_ladder, ladder, "condition"),
-            (draw_frontier, varied, "frontier"),
+            (partial(draw_frontier, ladder=ladder), varied, "frontier"),
         ):
             if compared(records):
                 figures.mkdir(exist_ok=True)
