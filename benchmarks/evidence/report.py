@@ -120,8 +120,8 @@ def of_several_budgets(learning: list[Record]) -> list[Record]:
 def parted(condition: Sequence[Record]) -> tuple[list[Record], list[Record], list[Record]]:
     """The ladder of data, runs in which one setting is varied, and the levers, of the results of `evidence.condition`.
 
-    The usual runs of the frontier and the levers are the same, and may have been done for either. Their runs on other data or of other
-    backbones count as of the ladder.
+    The usual runs of the frontier and the levers are the same, and may have been done for either. Their runs on other
+    data or of other backbones count as of the ladder.
     """
     seeds = sorted({record["run"]["seed"] for record in condition})
     wanted = {name: keys_of(suite(name, seeds, None, None)) for name in ("frontier", "sigmas", "levers")}
