@@ -128,9 +128,11 @@ def draw_frontier(records: Sequence[Record], path: Path, *, ladder: Sequence[Rec
             _draw_setting(axes, setting, seeds)
         if last:
             _draw_steps(panels[-1], steps)
+            panels[0].set_title(data.replace("_", " "))
+        else:
+            part.suptitle(data.replace("_", " "), fontsize="large")
         for axes in panels:
             axes.axhline(1, color=style.OTHER, linewidth=0.8)
-        part.suptitle(data.replace("_", " "), fontsize="medium")
         panels[0].set_ylabel("right embedding\n/ plain denoising")
     style.save(figure, path, force=True)
 
@@ -179,8 +181,8 @@ def _draw_steps(axes: Axes, curves: Mapping[str, tuple[list[int], list[float]]])
     for i, (data, (steps, shares)) in enumerate(curves.items()):
         look = {"color": style.COLORS[i], "linestyle": style.LINES[i], "marker": style.MARKERS[i]}
         axes.plot(steps, shares, label=data.replace("_", " "), **look)
-    axes.set_xlabel("steps, on cells of")
-    axes.legend()
+    axes.set(xlabel="steps", title="cells of two, four and eight atoms")
+    axes.legend(loc="center right")
 
 
 def _place(point: Point, setting: str) -> float:
