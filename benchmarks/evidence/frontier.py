@@ -182,7 +182,7 @@ def _draw_steps(axes: Axes, curves: Mapping[str, tuple[list[int], list[float]]])
         look = {"color": style.COLORS[i], "linestyle": style.LINES[i], "marker": style.MARKERS[i]}
         axes.plot(steps, shares, label=data.replace("_", " "), **look)
     axes.set(xlabel="steps", title="cells of two, four and eight atoms")
-    axes.legend(loc="center right")
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.68))
 
 
 def _place(point: Point, setting: str) -> float:
