@@ -114,6 +114,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "SCD": {"form": "embedding"},
     "difference form": {"form": "difference"},
     "SCD, standardised": {"form": "standardised"},
+    "difference of embeddings": {"form": "difference of embeddings"},
     "plain denoising twice as long": {"form": "plain", "times": 2},
     "plain denoising, σ 0.02": {"form": "plain", "std": 0.02},
     "plain denoising, σ 0.1": {"form": "plain", "std": 0.1},
