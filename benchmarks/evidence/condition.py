@@ -97,7 +97,7 @@ def suite(
             for rung in data or ("two_atoms", "four_atoms", "eight_atoms"):
                 if seed == seeds[0] and (only is None or SHRINKAGE in only):
                     yield Run(rung, SHRINKAGE, _STD[rung], _CELLS, Length(1, 16, 1e-3), seed=0)
-                for form in chosen((*_THREE, "mask token")):
+                for form in chosen((*_THREE, "difference of embeddings", "mask token")):
                     yield Run(rung, form, _STD[rung], _CELLS, length(2000, 16), seed)
         elif name == "real":
             for rung in data or ("oxides", "Mo", "Li", "slabs"):
