@@ -164,8 +164,7 @@ training: below zero it was still falling, above zero the labels were overfitted
 RATES = """\
 ### Learning rates on molecules
 
-All that were run, each arm against plain training at the same rate. Rates that are best for forces after pre-training
-are smaller than those for energies.
+All that were run, each arm against plain training at the same rate.
 """
 LABELS = """\
 ### How many labels pre-training saves
@@ -249,8 +248,10 @@ the condition, in place of a fifth of the structures. "Contrastive term": a thir
 embedding, must do worse by 0.2 σ². "σ from large to small": σ begins at four times its value and falls for 500 steps.
 "Pooled by element": a vector for each element, and atoms are told that of their own. "Five of these together":
 standardised, modulation not zero at first, into the input features, into the update layers, and σ from large to small.
-The ratio compares the same structures and noise, so its error is small: below 1, the form explains more. On
-PaiNN only the difference form gains more than 3 %.
+"Mean of the noise kept": it is not taken out in training. "Difference": of the mean features in each block, of the
+clean and the noisy structure; "of embeddings": c of the clean structure less c of the noisy one. The ratio compares the
+same structures and noise, so its error is small: below 1, the form explains more. On PaiNN only forms that tell
+differences gain more than 3 %.
 """
 PRETRAINING = """\
 ## What the condition carried in pre-training on real structures

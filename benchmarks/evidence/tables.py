@@ -88,7 +88,7 @@ def errors_table(
     groups = by_seed(records, lambda record: (*(of(record) for of in head.values()), record["run"]["arm"]))
     arms = Counter(key[:-1] for key in groups)
     notes, rows = notes or {}, []
-    for key in sorted((key for key in groups if arms[key[:-1]] > 1), key=lambda key: key[:-1]):
+    for key in sorted((key for key in groups if arms[key[:-1]] > 1), key=lambda key: (key[:-1], key[-1] != first)):
         *said, arm = key
         seeds, plain = groups[key], groups.get((*said, first), {})
         cells = [note(list(seeds.values())) for note in notes.values()]
