@@ -196,6 +196,7 @@ def checkpoint_of(run: Run, learned: Results, folder: Path, splits: Splits, kept
         denoising={},
         start=None,
         quiet_heads=True,
+        forces=run.data not in databases.ENERGIES_ALONE,
         points=1,
         keep=kept,
     )

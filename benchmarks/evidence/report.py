@@ -273,7 +273,9 @@ PROBES = """\
 
 Ridge regression and nearest neighbours on frozen embeddings, fitted to the training structures and scored on the test
 file: the features pooled over a structure's atoms, and SCD's c. "% left" is the share of the variance that is left
-over, 100 where the embedding is worth no more than the mean; energies are per atom, beyond a sum over elements.
+over, 100 where the embedding is worth no more than the mean; energies are per atom, beyond a sum over elements. Groups
+are kinds of structure, such as surfaces. The polymorph of an oxide is that of the nearest structure of another metal.
+On oxides labels are energies alone.
 """
 PROPERTIES = """\
 ## A scalar property: HOMO-LUMO gaps
