@@ -142,6 +142,11 @@ class ConditionReport:
                 f"The condition explains {self.explained} of the noise error that is left without it, or less: "
                 "condition_drop is 0, so no pass was trained without it. Compare with a run of condition: []."
             )
+        if self.gain.excluded and self.gain.value > max(self.gain.error, SMALLEST):
+            return (
+                f"The condition explains little, if anything: the error is {self.gain} less than told another "
+                "structure's embedding. condition: [] saves its pass; see docs/pretraining.md."
+            )
         if self.gain.excluded:
             found = (
                 "The condition carried nothing: another structure's embedding serves as well as the right one "
@@ -154,10 +159,11 @@ class ConditionReport:
                 f"without it ({self.gain_over_none})"
             )
         else:
-            unsure = self.gain_over_none if self.gain.counts else self.gain
+            over, unsure = ("none", self.gain_over_none) if self.gain.counts else ("another structure's", self.gain)
             return (
-                f"Whether the condition explains anything cannot be told from {self.structures} structures: the gain "
-                f"of {unsure} may be chance. Judge more structures; see docs/metrics.md."
+                f"Whether the condition explains anything cannot be told from {self.structures} structures: its gain "
+                f"over {over} is {unsure}, where chance may make {100 * unsure.margin:.1f} %. Judge more structures; "
+                "see docs/metrics.md."
             )
         return f"{found}: {plain}; see docs/pretraining.md."
 

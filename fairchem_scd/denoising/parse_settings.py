@@ -42,8 +42,9 @@ class Denoising:
         acting = [name for name, field in fields if getattr(self, name) != field.default]
         if not acting:
             return (
-                f"{key_of()} turns on no task: this trains as the host's trainer would. New heads start as the host "
-                "has them, too; in fine-tuning, quiet_heads: true lets those of scalars start at zero"
+                f"{key_of()} turns on no task: this trains as the host's trainer would. New heads start with the "
+                "host's random weights; in fine-tuning, quiet_heads: true lets those of energies and other scalars "
+                "begin by predicting zero"
             )
         return f"{key_of()} turns on no task: no step denoises. Its other settings count: {', '.join(acting)}"
 

@@ -59,6 +59,7 @@ class DenoisingHydra(HydraModel):
         if self.adapter is not None:
             # Checked here, not in the config alone: the backbone may come from a checkpoint to fine-tune from.
             self.adapter.check({key: getattr(self.backbone, key) for key in _CHECKED if hasattr(self.backbone, key)})
+            self.adapter.drop_legacy_outputs()
         for task in self.denoising_tasks.values():
             self._check_subsets(task)
             task.check_backbone(self.adapter, heads=bool(self.output_heads))

@@ -99,8 +99,8 @@ def without_tasks(settings: Denoising) -> str:
     if settings.quiet_heads:
         return f"{KEY} turns on no task: no step denoises, but new heads start quietly"
     return (
-        f"{KEY} turns on no task: this trains as the host's unit would. New heads start as the host has them, too; in "
-        "fine-tuning, quiet_heads: true lets those of scalars start at zero"
+        f"{KEY} turns on no task: this trains as the host's unit would. New heads start with the host's random "
+        "weights; in fine-tuning, quiet_heads: true lets those of energies and other scalars begin by predicting zero"
     )
 
 

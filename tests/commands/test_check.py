@@ -108,7 +108,7 @@ def test_what_an_embedding_may_explain_follows_from_the_components_of_the_noise(
     # and the first has none. A lone atom has nothing to denoise.
     assert bool(said) == (share is not None)
     if said:
-        assert f"no more than {share} % of what plain denoising leaves:" in said[0]
+        assert f"no more than {share} % of the noise error that plain denoising leaves:" in said[0]
         assert "task.denoising.scd.condition: [] does without it" in said[1]
 
 

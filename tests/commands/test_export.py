@@ -24,6 +24,7 @@ from fairchem_scd.commands import main
 from fairchem_scd.fairchem1 import checkpoint
 from fairchem_scd.fairchem1.data.emt_slabs import emt_slabs
 from fairchem_scd.testing import collate, make_trainer, slabs
+from tests.support.claims import ESCN, EquiformerV2, PaiNN
 from tests.support.command_line import fairchem_scd
 from tests.support.configs import pretraining, tiny_config
 
@@ -312,13 +313,23 @@ def test_overrides_of_fine_tuning_are_exported_where_an_argument_means_the_same(
     assert "fine-tuned from" in fairchem_scd("export", path, tmp_path / "gone.pt", code=1).output
 
 
-def test_a_run_without_a_task_that_was_fine_tuned_is_exported_whole(runs, data, rows, tmp_path):
-    """Its own checkpoint cannot be loaded without the one that it started from, which is this package's."""
-    start = tmp_path / "start.pt"
-    start.write_bytes((runs["dens"][1] / "best_checkpoint.pt").read_bytes())
-    config = tiny_config(data, denoising={"quiet_heads": True})
-    del config["model"]["backbone"]
-    config["model"]["finetune_config"] = {"starting_checkpoint": str(start)}
+@pytest.mark.parametrize(("backbone", "left_out"), [(EquiformerV2, None), (PaiNN, "forces"), (ESCN, "energy")])
+def test_a_run_without_a_task_that_was_fine_tuned_is_exported_whole(backbone, left_out, data, rows, tmp_path):
+    """Its own checkpoint cannot be loaded without the one that it started from, which is this package's.
+
+    Where a head is left out, what it would take out of the backbone is not in the starting checkpoint.
+    """
+    model, before = {"name": "hydra", "otf_graph": True, **backbone().arguments()}, pretraining(data)
+    before["model"] = {key: value for key, value in model.items() if key != "heads"}
+    _, folder = trained(before, tmp_path / "before")
+    start = folder / "checkpoint.pt"
+    config = tiny_config(data, denoising={"quiet_heads": left_out != "energy"})
+    config["model"] = {**model, "backbone": None, "finetune_config": {"starting_checkpoint": str(start)}}
+    if left_out is not None:
+        kept = {"energy": "forces", "forces": "energy"}[left_out]
+        del config["model"]["heads"][left_out], config["outputs"][left_out]
+        config["loss_functions"] = [{kept: {"fn": "mae", "coefficient": 1}}]
+        config["evaluation_metrics"] = {"primary_metric": f"{kept}_mae", "metrics": {kept: ["mae"]}}
     trainer, folder = trained(config, tmp_path / "run")
     assert checkpoint.read(folder / "checkpoint.pt")["config"]["model"]["name"] == "hydra"
     fairchem_scd("export", folder / "checkpoint.pt", tmp_path / "plain.pt", "--weights", "raw")

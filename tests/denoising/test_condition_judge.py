@@ -369,6 +369,9 @@ def test_relative_spread_is_that_of_the_samples_against_their_size():
     assert relative_spread(torch.ones(4, 3)) == relative_spread(torch.zeros(4, 3)) == 0
 
 
+UNSURE = "Whether the condition explains anything cannot be told from 999 structures: its gain"
+
+
 @pytest.mark.parametrize(
     ("gain", "over_none", "begins", "plain"),
     [
@@ -377,6 +380,7 @@ def test_relative_spread_is_that_of_the_samples_against_their_size():
         ((0.5, 0.1), (0.01, 0.01), "The model relies on the condition", True),
         ((0.5, 0.1), (-0.2, 0.05), "The model relies on the condition", True),
         ((0.2, 0.01), (0.0009, 0.0001), "The model relies on the condition", True),
+        ((0.024, 0.0083), (0.5, 0.1), "The condition explains little, if anything: the error is 2.4 ± 0.8 %", False),
         ((0.01, 0.01), (0.5, 0.1), "The condition carried nothing", True),
         ((0.0009, 0.0001), (0.5, 0.1), "The condition carried nothing", True),
         ((-0.0004, 0.01), (0.5, 0.1), "The condition carried nothing: another structure's embedding serves", True),
@@ -384,15 +388,10 @@ def test_relative_spread_is_that_of_the_samples_against_their_size():
         (
             (0.2, 0.1),
             (0.5, 0.1),
-            "Whether the condition explains anything cannot be told from 999 structures: the",
+            f"{UNSURE} over another structure's is 20.0 ± 10.0 %, where chance may make 30.1",
             False,
         ),
-        (
-            (0.5, 0.1),
-            (0.1, 0.05),
-            "Whether the condition explains anything cannot be told from 999 structures: the",
-            False,
-        ),
+        ((0.5, 0.1), (0.1, 0.05), f"{UNSURE} over none is 10.0 ± 5.0 %, where chance may make 15.0 %", False),
     ],
 )
 def test_the_sentence_claims_no_more_than_three_standard_errors_and_the_smaller_gain(gain, over_none, begins, plain):
@@ -415,7 +414,21 @@ def report_of(gain: tuple[float, float], over_none: tuple[float, float], **said:
     return ConditionReport(999, errors, errors, Gain(*gain, 999), Gain(*over_none, 999), 2.0, 0.5, **said)
 
 
-@pytest.mark.parametrize("structures", [2, 4, 10, 100])
+def test_of_few_structures_more_standard_errors_are_asked_for():
+    many, few = Gain(0.12, 0.015, 999), Gain(0.12, 0.015, 4)
+    assert many.counts
+    assert not few.counts
+    assert Gain(0.0, 0.015, 999).excluded
+    assert not Gain(0.0, 0.015, 4).excluded
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.2])
+def test_the_report_says_whether_a_pass_without_the_condition_was_trained(drop):
+    report = judged(toy({"condition_drop": drop}), [clusters(SIZES)]).report()
+    assert report.trained_without == (drop > 0)
+
+
+@pytest.mark.parametrize("structures", [2, 4, 10])
 def test_chance_gives_a_gain_that_counts_once_in_700_times_however_few_structures_there_are(structures):
     """As three standard errors of many normal values do on one side: 0.135 %."""
     generator = torch.Generator().manual_seed(0)

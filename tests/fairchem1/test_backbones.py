@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from fairchem.core.common.registry import registry
+from fairchem.core.models.base import HydraModel
 from fairchem.core.models.equiformer_v2.so3 import SO3_LinearV2
 from fairchem.core.models.equiformer_v2.weight_initialization import eqv2_init_weights
 from scipy.stats import ks_2samp
 
 from fairchem_scd import ConfigError, DenoisingHydra
 from fairchem_scd.denoising.conditions import ForceEncoding
-from fairchem_scd.fairchem1.backbones import adapters
+from fairchem_scd.fairchem1.backbones import adapter_for, adapters
 from fairchem_scd.fairchem1.backbones.equiformer_v2 import AtomDropPath
 from fairchem_scd.fairchem1.legacy import hydra_key, to_hydra
 from fairchem_scd.fairchem1.legacy_models import LEGACY_MODELS
@@ -61,6 +62,17 @@ class TestConservativeGemNetOC(claims.ConservativeGemNetOC):
 
 class TestDimeNetPlusPlus(claims.DimeNetPlusPlus):
     pass
+
+
+@pytest.mark.parametrize("backbone", [claims.PaiNN, claims.ESCN, claims.GemNetOC])
+def test_an_adapter_takes_nothing_out_of_a_plain_model(backbone):
+    """Its checkpoint must have what the host's model has, with fewer heads than the backbone has output layers too."""
+    model = HydraModel(**{**backbone().arguments(), "heads": {}})
+    before = [*model.state_dict()]
+    adapter = adapter_for(model.backbone)
+    assert [*model.state_dict()] == before
+    adapter.drop_legacy_outputs()
+    assert len(model.state_dict()) < len(before)
 
 
 def test_a_legacy_painn_is_its_hydra_bit_for_bit(rows):

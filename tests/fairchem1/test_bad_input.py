@@ -443,7 +443,12 @@ def test_graph_parallelism_is_refused(data, tmp_path):
 @pytest.mark.parametrize(
     ("block", "said"),
     [
-        ({}, "in fine-tuning, quiet_heads: true lets those of scalars start at zero"),
+        (
+            {},
+            "task.denoising turns on no task: this trains as the host's trainer would. New heads start with the host's "
+            "random weights; in fine-tuning, quiet_heads: true lets those of energies and other scalars begin by "
+            "predicting zero",
+        ),
         ({"dens": None, "drop_path": {}}, "turns on no task: no step denoises. Its other settings count: drop_path"),
         ({"on_bad_data": "skip", "repeat_cells": {}}, "other settings count: on_bad_data, repeat_cells"),
     ],

@@ -154,9 +154,9 @@ def say_condition(task: DenoisingTask, key: str, corruption: Corruption, report:
     share = float((_COMPONENTS / _components(corruption)).clamp(max=1).mean())
     report.say(
         "",
-        f"expect its embedding to explain no more than {100 * share:.2g} % of what plain denoising leaves: the noise "
-        f"of N atoms has 3N - 3 components, and in our small runs an embedding explained {_COMPONENTS:g} of them or "
-        "fewer",
+        f"expect its embedding to explain no more than {100 * share:.2g} % of the noise error that plain denoising "
+        "leaves: the noise of N atoms has 3N - 3 components, and in our small runs an embedding explained "
+        f"{_COMPONENTS:g} of them or fewer",
     )
     report.say("", f"{key}.condition: [] does without it, at half the cost: docs/pretraining.md")
 

@@ -21,12 +21,14 @@ class Fairchem1Adapter(Adapter):
         runs_lone_structures: the backbone runs a batch in which a structure has no edge, as long as another has one.
         elements_key: the argument that sets the size of the backbone's table of elements; None: there is none.
         scalar_heads: the last layer of each class of the host's scalar heads.
+        legacy_outputs: output layers of the legacy model that the host's backbone still builds, and its heads take out.
     """
 
     vectors_need_forces: ClassVar[bool] = True
     runs_lone_structures: ClassVar[bool] = True
     elements_key: ClassVar[str | None] = "max_num_elements"
     scalar_heads: ClassVar[Mapping[type[nn.Module], str]] = {}
+    legacy_outputs: ClassVar[Sequence[str]] = ()
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:
@@ -63,6 +65,15 @@ class Fairchem1Adapter(Adapter):
             ConfigError: with these heads some parameters of the backbone would have no gradient.
         """
         return
+
+    def drop_legacy_outputs(self) -> None:
+        """Take the legacy model's output layers out of the backbone.
+
+        In a model without the heads that take them out, their parameters would never have a gradient.
+        """
+        for name in self.legacy_outputs:
+            if hasattr(self.backbone, name):
+                setattr(self.backbone, name, None)
 
     @property
     def max_num_elements(self) -> int | None:

@@ -28,12 +28,7 @@ class ESCNAdapter(Fairchem1Adapter):
     host_class = eSCNBackbone
     names = ("escn_backbone",)
     scalar_heads = {eSCNEnergyHead: "energy_block.fc3"}
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__(backbone)
-        # The host's backbone still builds the energy block of the legacy model, and the energy head takes it out. In a
-        # model without that head its parameters would never have a gradient.
-        backbone.energy_block = None
+    legacy_outputs = ("energy_block",)
 
     def vector_head(self) -> nn.Module:
         return eSCNForceHead(self.backbone)

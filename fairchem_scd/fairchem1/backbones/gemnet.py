@@ -116,22 +116,12 @@ class GemNetTAdapter(_GemNetAdapter):
             yield
 
 
-_LEGACY_OUTPUTS = ("out_mlp_E", "out_energy", "out_mlp_F", "out_forces")
-
-
 @register_adapter
 class GemNetOCAdapter(_GemNetAdapter):
     host_class, energy_head = GemNetOCBackbone, GemNetOCEnergyAndGradForceHead
     names = ("gemnet_oc_backbone",)
     scalar_heads = {GemNetOCEnergyAndGradForceHead: "out_energy"}
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__(backbone)
-        # The host's backbone still builds the output layers of the legacy model, and its heads take them out. Without
-        # these heads the parameters of the layers would never have a gradient.
-        for name in _LEGACY_OUTPUTS:
-            if hasattr(backbone, name):
-                setattr(backbone, name, None)
+    legacy_outputs = ("out_mlp_E", "out_energy", "out_mlp_F", "out_forces")
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:

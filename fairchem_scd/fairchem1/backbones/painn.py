@@ -26,12 +26,7 @@ class PaiNNAdapter(Fairchem1Adapter):
     vectors_need_forces = runs_lone_structures = False
     elements_key = "num_elements"
     scalar_heads = {PaiNNEnergyHead: "out_energy.2"}
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__(backbone)
-        # The host's backbone still builds the output layers of the legacy model, and its heads take them out. Without
-        # these heads the parameters of the layers would never have a gradient.
-        backbone.out_energy = backbone.out_forces = None
+    legacy_outputs = ("out_energy", "out_forces")
 
     @classmethod
     def check(cls, config: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from fairchem.core.models.base import HydraModel
 from torch import Tensor
 
 from fairchem_scd.errors import ConfigError
+from fairchem_scd.fairchem1.backbones import adapter_for
 from fairchem_scd.fairchem1.checkpoint.files import read
 from fairchem_scd.fairchem1.checkpoint.training_state import TrainingState
 from fairchem_scd.fairchem1.config import is_self_supervised
@@ -115,6 +116,9 @@ class StoredRun:
         model = build_hydra(DenoisingHydra, block)
         for key, value in self.backbone_overrides.items():
             setattr(model.backbone, key, value)
+        if model.adapter is None and any(name not in self.weights for name in model.state_dict()):
+            # Its backbone is that of a starting checkpoint, where a task had dropped them.
+            adapter_for(model.backbone).drop_legacy_outputs()
         if self.is_pretrained and model.adapter is not None:
             freeze(model)
         return model

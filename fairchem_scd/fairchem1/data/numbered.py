@@ -59,13 +59,14 @@ def told_apart(dataset: Any, repeated: tuple[str, int, int] | None) -> Any:
 def repeated_name(dataset: Any) -> tuple[str, int, int] | None:
     """A name that two rows of a host dataset share, and their numbers; None: a sample has none.
 
-    The sample are rows evenly spaced over the host's shuffled subset, each with the row that follows it in the data:
-    where sid is a trajectory's, neighbours share it.
+    The sample are rows evenly spaced over the subset, in the data's order, each with the row that follows it in the
+    data: where sid is a trajectory's, neighbours share it.
     """
     if not len(dataset):
         return None
     last, data = len(dataset) - 1, dataset.dataset
-    places = {int(dataset.indices[k * last // max(_PAIRS - 1, 1)]) for k in range(_PAIRS)}
+    indices = sorted(map(int, dataset.indices))
+    places = {indices[k * last // max(_PAIRS - 1, 1)] for k in range(_PAIRS)}
     seen: dict[str, int] = {}
     for place in sorted(places | {place + 1 for place in places if place + 1 < len(data)}):
         row = _readable(data, place)
