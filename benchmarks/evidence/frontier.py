@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def draw_frontier(records: Sequence[Record], path: Path, *, ladder: Sequence[Rec
         path: of the picture.
         ladder: runs on cells made here; a panel of the last row has the longest of them, against the steps.
     """
-    groups = by_data(records)
+    groups = {key: found for key, found in by_data(records).items() if any(point.changed for point in found)}
     rows = {
         data: {
             name: {seed: found for (of, seed), found in groups.items() if of == data} for name in _changed(groups, data)
@@ -158,10 +159,20 @@ def _draw_setting(axes: Axes, setting: str, seeds: Mapping[int, list[Point]]) ->
             **{"color": style.COLORS[i], "linestyle": style.LINES[i], "marker": style.MARKERS[i]},
         )
     axes.set(xscale="log", xlabel=setting)
-    axes.set_xticks([*ticks], [*ticks.values()])
+    axes.set_xticks([*ticks], _apart(ticks))
     axes.minorticks_off()
     if len(seeds) > 1:
         axes.legend()
+
+
+def _apart(ticks: Mapping[float, str]) -> list[str]:
+    """The labels of ticks of a logarithmic axis, empty where one would touch the label before it."""
+    needed = 0.22 * math.log(max(ticks) / min(ticks))
+    labels, last = {}, -math.inf
+    for at in sorted(ticks):
+        labels[at] = ticks[at] if math.log(at) - last >= needed else ""
+        last = math.log(at) if labels[at] else last
+    return [labels[at] for at in ticks]
 
 
 def _curves(ladder: Sequence[Record]) -> dict[str, tuple[list[int], list[float]]]:
