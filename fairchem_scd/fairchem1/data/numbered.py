@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from fairchem.core.datasets.ase_datasets import AseAtomsDataset
 from torch.utils.data import Dataset
 
@@ -59,14 +60,14 @@ def told_apart(dataset: Any, repeated: tuple[str, int, int] | None) -> Any:
 def repeated_name(dataset: Any) -> tuple[str, int, int] | None:
     """A name that two rows of a host dataset share, and their numbers; None: a sample has none.
 
-    The sample are rows evenly spaced over the subset, in the data's order, each with the row that follows it in the
-    data: where sid is a trajectory's, neighbours share it.
+    The sample are rows evenly spaced over the data, whatever their order in the subset, each with the row that follows
+    it: where sid is a trajectory's, neighbours share it.
     """
     if not len(dataset):
         return None
-    last, data = len(dataset) - 1, dataset.dataset
-    indices = sorted(map(int, dataset.indices))
-    places = {indices[k * last // max(_PAIRS - 1, 1)] for k in range(_PAIRS)}
+    data = dataset.dataset
+    first, last = int(np.min(dataset.indices)), int(np.max(dataset.indices))
+    places = {*np.linspace(first, last, _PAIRS).astype(int).tolist()}
     seen: dict[str, int] = {}
     for place in sorted(places | {place + 1 for place in places if place + 1 < len(data)}):
         row = _readable(data, place)
