@@ -205,6 +205,13 @@ _MOLECULES = replace(
 )
 # One rate is the best for both: the suite `slab_rates`.
 _SLABS = replace(_MOLECULES, data=("slabs",), budgets=((96,), (24, 384)), model=Model(neighbors=60), tuned={})
+
+
+def _at(steps: int, *rates: float) -> tuple[Length, ...]:
+    """Trainings in batches of 8 at several learning rates."""
+    return tuple(Length(steps, 8, lr) for lr in rates)
+
+
 _EQUIFORMER_MOLECULES = replace(
     _MOLECULES,
     arms=(PLAIN, *(f"{start}, then {PLAIN}" for start in ("plain denoising", "SCD", "SCD, standardised"))),
@@ -230,27 +237,27 @@ SUITES = {
     "molecule_rates": replace(
         _MOLECULES,
         **{**_RATES, "budgets": ((24,), (384,))},
-        lengths=tuple(Length(1000, 8, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
+        lengths=_at(1000, 5e-4, 1e-3, 2e-3, 4e-3),
     ),
     "start_rates": replace(
         _MOLECULES,
         **{**_RATES, "budgets": ((96,),), "arms": (PLAIN, *PRETRAINED[:3])},
-        lengths=tuple(Length(1000, 8, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
+        lengths=_at(1000, 5e-4, 1e-3, 2e-3, 4e-3),
     ),
     "many_label_rates": replace(
         _MOLECULES,
         **{**_RATES, "budgets": ((192, None),)},
-        lengths=tuple(Length(1000, 8, lr) for lr in (1e-3, 2e-3, 4e-3)),
+        lengths=_at(1000, 1e-3, 2e-3, 4e-3),
     ),
     "slab_rates": replace(
         _SLABS,
         **{**_RATES, "budgets": ((96,),)},
-        lengths=tuple(Length(1000, 8, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
+        lengths=_at(1000, 5e-4, 1e-3, 2e-3, 4e-3),
     ),
     "longer_molecule_rates": replace(
         _MOLECULES,
         **{**_RATES, "budgets": ((384,),)},
-        lengths=tuple(Length(3000, 8, lr) for lr in (1e-3, 2e-3, 4e-3)),
+        lengths=_at(3000, 1e-3, 2e-3, 4e-3),
     ),
     # A step of pre-training has twice as many structures; with SCD each passes twice.
     "compute": replace(_FEW, arms=(PLAIN,), lengths=(Length(2700, 4, 1e-3), Length(5100, 4, 1e-3))),
@@ -289,7 +296,7 @@ SUITES = {
     "equiformer_rates": replace(
         _EQUIFORMER_MOLECULES,
         **{**_RATES, "budgets": ((96,),)},
-        lengths=tuple(Length(1000, 8, lr) for lr in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
+        lengths=_at(1000, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     ),
     "equiformer_tuned": replace(
         _EQUIFORMER_MOLECULES,

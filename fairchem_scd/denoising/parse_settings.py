@@ -17,6 +17,12 @@ from fairchem_scd.errors import ConfigError
 # Probabilities that sum to 1 may miss it by a rounding error.
 _ROUNDING = 1e-9
 
+WITHOUT_A_TASK = (
+    "New heads start with the host's random weights; in fine-tuning, quiet_heads: true lets those of energies and "
+    "other scalars begin by predicting zero"
+)
+"""What a block means for new heads that turns on no task and does not ask for quiet ones."""
+
 
 @dataclass(frozen=True)
 class Denoising:
@@ -41,11 +47,7 @@ class Denoising:
         fields = DenoisingBlock.model_fields.items()
         acting = [name for name, field in fields if getattr(self, name) != field.default]
         if not acting:
-            return (
-                f"{key_of()} turns on no task: this trains as the host's trainer would. New heads start with the "
-                "host's random weights; in fine-tuning, quiet_heads: true lets those of energies and other scalars "
-                "begin by predicting zero"
-            )
+            return f"{key_of()} turns on no task: this trains as the host's trainer would. {WITHOUT_A_TASK}"
         return f"{key_of()} turns on no task: no step denoises. Its other settings count: {', '.join(acting)}"
 
 

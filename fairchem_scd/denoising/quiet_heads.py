@@ -7,12 +7,15 @@ by predicting zero: after the normaliser and the references, the mean of what it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from fairchem_scd.denoising.adapter import Adapter
+from fairchem_scd.denoising.config_keys import key_of
+from fairchem_scd.errors import ConfigError
 
 
 @torch.no_grad()
@@ -36,3 +39,24 @@ def quieten(heads: Mapping[str, nn.Module], adapter: Adapter, *, readout: bool) 
                 parameter.zero_()
         found += [name] if layers else []
     return found
+
+
+def say_which(quiet: Sequence[str], heads: Iterable[str], *, place: str, asked: bool) -> None:
+    """Log which heads start quietly.
+
+    Args:
+        quiet: what `quieten` returned.
+        heads: names of all that the model has.
+        place: where the config has them.
+        asked: the config asks for quiet heads by name.
+
+    Raises:
+        ConfigError: it does, and there are none.
+    """
+    if quiet:
+        logging.info("heads that start quietly, with a last layer of zeros: %s", ", ".join(quiet))
+        return
+    none = f"none of {place} is a new one of scalars whose last layer is known: {', '.join(heads)}"
+    if asked:
+        raise ConfigError(f"{key_of('quiet_heads')}: {none}; leave quiet_heads out")
+    logging.info("no head starts quietly: %s", none)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fairchem_scd.denoising.config_keys import block_called, key_of
-from fairchem_scd.denoising.parse_settings import Denoising
+from fairchem_scd.denoising.parse_settings import WITHOUT_A_TASK, Denoising
 from fairchem_scd.denoising.passes import frozen_in_pretraining
-from fairchem_scd.denoising.quiet_heads import quieten
+from fairchem_scd.denoising.quiet_heads import quieten, say_which
 from fairchem_scd.denoising.tasks import DenoisingTask, build_tasks
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem2 import refusals
@@ -98,10 +97,7 @@ def without_tasks(settings: Denoising) -> str:
     """What a block means that turns on no task, for a warning."""
     if settings.quiet_heads:
         return f"{KEY} turns on no task: no step denoises, but new heads start quietly"
-    return (
-        f"{KEY} turns on no task: this trains as the host's unit would. New heads start with the host's random "
-        "weights; in fine-tuning, quiet_heads: true lets those of energies and other scalars begin by predicting zero"
-    )
+    return f"{KEY} turns on no task: this trains as the host's unit would. {WITHOUT_A_TASK}"
 
 
 def _quieten_heads(model: nn.Module, asked: bool | None, *, denoises: bool) -> None:
@@ -126,16 +122,7 @@ def _quieten_heads(model: nn.Module, asked: bool | None, *, denoises: bool) -> N
         return
     refusals.check_backbone(model)
     quiet = quieten(model.output_heads, adapter_for(model.backbone), readout=False)
-    if quiet:
-        logging.info("heads that start quietly, with a last layer of zeros: %s", ", ".join(quiet))
-        return
-    none = (
-        f"none of {refusals.UNIT}.model.heads is a new one of scalars whose last layer is known: "
-        f"{', '.join(model.output_heads)}"
-    )
-    if asked:
-        raise ConfigError(f"{key_of('quiet_heads')}: {none}; leave quiet_heads out")
-    logging.info("no head starts quietly: %s", none)
+    say_which(quiet, model.output_heads, place=f"{refusals.UNIT}.model.heads", asked=bool(asked))
 
 
 def _check_every_step_denoises(tasks: Mapping[str, DenoisingTask]) -> None:

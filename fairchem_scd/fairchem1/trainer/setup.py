@@ -12,7 +12,7 @@ from fairchem.core.modules.exponential_moving_average import ExponentialMovingAv
 from torch.nn.parallel import DistributedDataParallel
 
 from fairchem_scd.denoising.data_faults import DataFaults
-from fairchem_scd.denoising.quiet_heads import quieten
+from fairchem_scd.denoising.quiet_heads import quieten, say_which
 from fairchem_scd.denoising.tasks import TaskDraw
 from fairchem_scd.errors import ConfigError
 from fairchem_scd.fairchem1 import checkpoint as checkpoints
@@ -121,13 +121,7 @@ class SetupMixin:
         model = self._unwrapped_model
         fresh = not from_start or checkpoints.StoredRun.read(start).is_pretrained
         quiet = quieten(model.output_heads, adapter_for(model.backbone), readout=fresh)
-        if quiet:
-            logging.info("heads that start quietly, with a last layer of zeros: %s", ", ".join(quiet))
-            return
-        none = f"none of model.heads is a new one of scalars whose last layer is known: {', '.join(model.output_heads)}"
-        if self.denoising.quiet_heads:
-            raise ConfigError(f"task.denoising.quiet_heads: {none}; leave quiet_heads out")
-        logging.info("no head starts quietly: %s", none)
+        say_which(quiet, model.output_heads, place="model.heads", asked=bool(self.denoising.quiet_heads))
 
     def load_datasets(self) -> None:
         """Load the host's datasets and check a sample of the data."""
