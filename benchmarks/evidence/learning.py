@@ -20,7 +20,7 @@ Suites, which --only, --arms, --labels and --seeds narrow down:
 - energies: as few, on oxides, whose structures are relaxed: energies alone;
 - compute, molecule_compute: plain training from random weights for as long as pre-training and fine-tuning together;
 - heads: as few, with energy heads that start as the host has them;
-- long, longer: many passes over all labels, a task beside them;
+- long, longer, long_slabs: many passes over all labels, a task beside them;
 - tune, molecule_tasks: settings of the tasks beside labels, to be judged on held-out structures;
 - equiformer, equiformer_molecules, equiformer_tuned, equiformer_slabs: few labels on EquiformerV2;
 - escn_molecules, esen_molecules: the same on eSCN, and on eSEN whose forces are the energy's gradient.
@@ -278,6 +278,13 @@ SUITES = {
     ),
     "longer": replace(
         _FEW, data=("Mo",), budgets=((None,),), arms=_BESIDE[:2], lengths=(Length(9000, 4, 1e-3),), points=18
+    ),
+    "long_slabs": replace(
+        _SLABS,
+        budgets=((None,),),
+        arms=(PLAIN, "DeNS, prob 0.25, coefficient 100", "DeNS, σ 0.02, prob 0.25, coefficient 10"),
+        lengths=(Length(7200, 8, 2e-3),),  # 60 passes
+        points=12,
     ),
     "tune": Suite(("Mo",), ((96,),), (PLAIN, *TASKS), SMALL, (Length(600, 4, 2e-3),), _BEFORE),
     # At the rate that is best for plain training.
