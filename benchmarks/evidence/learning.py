@@ -8,7 +8,7 @@ not run again, and several processes may share the file:
     python -m benchmarks.evidence.learning long --data FOLDER --only Mo
     python -m benchmarks.evidence.report
 
-Suites, which --only, --arms, --labels and --seeds narrow down:
+Suites, which --only, --arms, --labels, --lr and --seeds narrow down:
 
 - few: few labels, from random weights and after pre-training on the structures of all training data;
 - molecules: the same on molecules, which have more structures and fewer atoms;
@@ -303,7 +303,7 @@ SUITES = {
     "equiformer_rates": replace(
         _EQUIFORMER_MOLECULES,
         **{**_RATES, "budgets": ((96,),)},
-        lengths=_at(1000, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+        lengths=_at(1000, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
     ),
     "equiformer_tuned": replace(
         _EQUIFORMER_MOLECULES,
@@ -370,7 +370,12 @@ def main(arguments: list[str] | None = None) -> None:
 def chosen(options: argparse.Namespace) -> Iterator[Run]:
     """The runs of the suite that the options leave."""
     for run in SUITES[options.suite].runs(options.seeds):
-        narrowed = ((options.only, run.data), (options.arms, run.arm), (options.labels, str(run.labels or "all")))
+        narrowed = (
+            (options.only, run.data),
+            (options.arms, run.arm),
+            (options.labels, str(run.labels or "all")),
+            (options.lr, run.length.lr),
+        )
         if all(wanted is None or value in wanted for wanted, value in narrowed):
             yield run
 
@@ -383,6 +388,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", choices=structures.LABELLED, metavar="DATA", help="these data alone")
     add("--arms", nargs="+", choices=ARMS, metavar="ARM", help="these arms alone, by their names")
     add("--labels", nargs="+", metavar="N", help="these numbers of labels alone; all: every one")
+    add("--lr", nargs="+", type=float, metavar="RATE", help="these learning rates alone")
     add_options(parser, seeds=(0, 1, 2), results=RESULTS)
     return parser.parse_args(arguments)
 
