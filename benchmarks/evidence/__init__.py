@@ -1,1 +1,1 @@
-"""The studies behind docs/evidence.md: what they train on, how they train and judge, their tables and figures."""
+"""The studies behind docs/evidence.md and docs/condition.md: data, training, judging, tables and figures."""

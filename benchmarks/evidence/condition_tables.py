@@ -1,4 +1,4 @@
-"""Tables of docs/evidence.md about the condition and the embeddings, of the lines of the files of results."""
+"""Tables of docs/condition.md: the condition and the embeddings, of the lines of the files of results."""
 
 from __future__ import annotations
 

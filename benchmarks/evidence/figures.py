@@ -1,4 +1,4 @@
-"""Figures of docs/evidence.md."""
+"""Figures of docs/evidence.md, and the noise errors of docs/condition.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.evidence.condition import SHRINKAGE
-from benchmarks.evidence.tables import FIRST, Record, by_seed, number_of_labels
+from benchmarks.evidence.tables import FIRST, Record, by_seed, epochs, number_of_labels
 from fairchem_scd.commands import pictures as style
 
 
@@ -52,7 +52,7 @@ def draw_labels(records: list[Record], path: Path) -> None:
 
 
 def draw_curves(records: list[Record], path: Path) -> None:
-    """Held-out force errors against steps, mean over seeds, with the range of them; not the steep fall at the start."""
+    """Held-out force errors against epochs, mean over seeds, with their range; not the steep fall at the start."""
     datas = sorted({r["run"]["data"] for r in records})
     arms = list(dict.fromkeys(r["run"]["arm"] for r in records))
     figure = style.new_figure(style.DOUBLE, 3.2)
@@ -62,13 +62,14 @@ def draw_curves(records: list[Record], path: Path) -> None:
         for arm, seeds in groups.items():
             i = arms.index(arm)
             curves = [[1000 * point["force_mae"] for point in r["scores"]["curve"]] for r in seeds.values()]
-            steps = [point["step"] for point in next(iter(seeds.values()))["scores"]["curve"]]
+            first = next(iter(seeds.values()))
+            seen = [epochs(first, point["step"]) for point in first["scores"]["curve"]]
             low, high = zip(*((min(c), max(c)) for c in zip(*curves, strict=True)), strict=True)
             means = [statistics.mean(c) for c in zip(*curves, strict=True)]
-            axes.plot(steps, means, color=style.COLORS[i], linestyle=style.LINES[i % len(style.LINES)], label=arm)
-            axes.fill_between(steps, low, high, color=style.COLORS[i], alpha=0.2, linewidth=0)
+            axes.plot(seen, means, color=style.COLORS[i], linestyle=style.LINES[i % len(style.LINES)], label=arm)
+            axes.fill_between(seen, low, high, color=style.COLORS[i], alpha=0.2, linewidth=0)
             lowest = min(lowest, *low)
-        axes.set(yscale="log", xlabel="steps", ylabel="held-out force MAE, meV/Å", title=data)
+        axes.set(yscale="log", xlabel="epochs", ylabel="held-out force MAE, meV/Å", title=data)
         axes.set_ylim(0.98 * lowest, 1.3 * lowest)
         plain_ticks(axes)
     legend_below(figure, ncols=2, fontsize="small")

@@ -1,8 +1,8 @@
-"""Sections of docs/evidence.md, their tables and figures, drawn from the files of results.
+"""Sections of docs/evidence.md and docs/condition.md, their tables and figures, drawn from the files of results.
 
     python -m benchmarks.evidence.report
 
-Each section is written between its marks `<!-- begin NAME -->` and `<!-- end NAME -->` of the page, figures to
+Each section is written between its marks `<!-- begin NAME -->` and `<!-- end NAME -->` of one of the pages, figures to
 docs/figures. Nothing is trained. A comparison of which there are not two sides yet is left out.
 """
 
@@ -49,7 +49,8 @@ from fairchem_scd.commands import pictures as style
 HERE = Path(__file__).parents[1]
 FEW_LABELS = ("few", "energies", "molecules", "more_molecules", "longer_molecules", "slabs")
 """Suites of few labels."""
-PAGE = HERE.parent / "docs" / "evidence.md"
+DOCS = HERE.parent / "docs"
+PAGES = ("evidence.md", "condition.md")
 
 
 def sections(
@@ -61,7 +62,7 @@ def sections(
 ) -> dict[str, str]:
     """The markdown of each section by the name of its marks; empty where there is nothing to compare yet."""
     gaps, second = ([r for r in records if "arm" in r["run"]] for records in (properties, fairchem2))
-    few, long = few_labels(learning), trained(learning, "long", "longer")
+    few, long = few_labels(learning), trained(learning, "long", "longer", "long_slabs")
     before = pretrainings(learning)
     ladder, varied, levers = parted(condition)
     several, explained = of_several_budgets(learning), groups(ladder, before)
@@ -178,7 +179,7 @@ COMPUTE = """\
 ### At equal compute
 
 Pre-training costs too. "Structures passed" counts how many went through the model, forwards and back; a step of SCD
-runs each twice.
+runs each twice. "Ten fine-tunings, each": the same where ten of them share one pre-training.
 """
 HEADS = """\
 ### Energy heads as the host starts them
@@ -213,7 +214,7 @@ The mean energy errors on Mo and Li hang on few structures. The test file of Mo 
 meV/atom. Among 24 labels of Mo there are 0, 1 and 1 surfaces (seeds 0, 1, 2), of Li 2, 0 and 1; among all labels 8.
 """
 CONDITION = """\
-## What SCD's condition carries
+## Told the right embedding, another's and none
 
 The noisy pass is told a structure's embedding by the clean pass. If the embedding counts, another structure's must do
 worse. Noise errors are the mean square error over σ² on held-out structures, ± the standard error over structures;
@@ -319,11 +320,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--results", type=Path, default=HERE / "results", metavar="FOLDER", help="of the files of results"
     )
-    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="markdown to fill in")
+    parser.add_argument("--docs", type=Path, default=DOCS, metavar="FOLDER", help="of the pages to fill in")
     options = parser.parse_args(arguments)
     learning, condition, *others = stored(options.results)
-    options.page.write_text(fill(options.page.read_text(), sections(learning, condition, *others)))
-    figures = options.page.parent / "figures"
+    contents = sections(learning, condition, *others)
+    for page in (options.docs / name for name in PAGES):
+        page.write_text(fill(page.read_text(), contents))
+    figures = options.docs / "figures"
     ladder, varied, _ = parted(condition)
     with style.printed():
         if found := groups(ladder, pretrainings(learning)):
@@ -331,7 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
             draw_components(found, figures / "components.png")
         for draw, records, name in (
             (draw_labels, of_several_budgets(learning), "few_labels"),
-            (draw_curves, trained(learning, "long"), "beside_labels"),
+            (draw_curves, trained(learning, "long", "long_slabs"), "beside_labels"),
             (draw_ladder, ladder, "condition"),
             (partial(draw_frontier, ladder=ladder), varied, "frontier"),
         ):

@@ -1,4 +1,4 @@
-"""Tables of docs/evidence.md, of the lines of the files of results."""
+"""Tables of what was learned, of the lines of the files of results."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def arms_table(records: list[Record], split: str = "test", *, best: bool = False
             "steps": lambda r: r["run"]["length"]["steps"],
         },
         {"force MAE, meV/Å": error("force_mae"), "energy MAE, meV/atom": error("energy_mae")},
-        notes={"learning rate": _rates, "last fifth": _last_fifth}
+        notes={"epochs": _epochs, "learning rate": _rates, "last fifth": _last_fifth}
         | ({"lowest held-out force MAE": _lowest} if best else {}),
     )
 
@@ -166,6 +166,16 @@ def groups_table(records: list[Record]) -> str:
         {group: energy(group) for group in groups},
         changes=False,
     )
+
+
+def _epochs(records: list[Record]) -> str:
+    return str(round(epochs(records[0])))
+
+
+def epochs(record: Record, steps: int | None = None) -> float:
+    """How often a run has seen each label after so many steps; None: at its end."""
+    length = record["run"]["length"]
+    return (steps or length["steps"]) * length["batch_size"] / number_of_labels(record)
 
 
 def _rates(records: list[Record]) -> str:
@@ -229,7 +239,10 @@ def _milli(record: Record, name: str, split: str = "test") -> float:
 
 
 def compute_table(records: list[Record]) -> str:
-    """Test errors beside what a run cost: how many structures went through the model, pre-training included."""
+    """Test errors beside what a run cost: how many structures went through the model, pre-training included.
+
+    Also where ten runs share one pre-training.
+    """
     groups = by_seed(
         records,
         lambda r: (
@@ -247,18 +260,23 @@ def compute_table(records: list[Record]) -> str:
             spread([_milli(r, name) for r in seeds.values() if name in r["scores"]["test"]])
             for name in ("force_mae", "energy_mae")
         ]
-        rows.append([data, str(labels), arm, str(steps), str(cost), str(len(seeds)), *cells])
-    heads = ["data", "labels", "training", "steps with labels", "structures passed", "seeds"]
+        shared = passed(next(iter(seeds.values()))["run"], shared_by=10)
+        rows.append([data, str(labels), arm, str(steps), f"{cost:.0f}", f"{shared:.0f}", str(len(seeds)), *cells])
+    heads = ["data", "labels", "training", "steps with labels", "structures passed", "ten fine-tunings, each", "seeds"]
     return table([*heads, "force MAE, meV/Å", "energy MAE, meV/atom"], rows)
 
 
-def passed(run: Record) -> int:
-    """How many structures went through the model, forwards and back: a step of SCD runs each twice."""
+def passed(run: Record, shared_by: int = 1) -> float:
+    """How many structures went through the model, forwards and back: a step of SCD runs each twice.
+
+    Args:
+        shared_by: how many runs share one pre-training.
+    """
     count = run["length"]["steps"] * run["length"]["batch_size"]
     before = run["pretraining"]
     if before is not None:
         passes = 1 if before["form"] == "plain" else 2
-        count += passes * before["length"]["steps"] * before["length"]["batch_size"]
+        count += passes * before["length"]["steps"] * before["length"]["batch_size"] / shared_by
     return count
 
 

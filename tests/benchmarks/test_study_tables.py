@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ setup_imports()
 
 def record(arm: str, seed: int, force: float, labels: int | None = 12, energy: float = 0.01) -> dict[str, Any]:
     run = {"data": "Mo", "arm": arm, "seed": seed, "labels": labels, "model": {"backbone": "painn", "channels": 8}}
-    run["length"] = {"steps": 300, "lr": 0.001}
+    run["length"] = {"steps": 300, "batch_size": 4, "lr": 0.001}
     errors = {"force_mae": force, "energy_mae": energy}
     scores = {"test": errors, "held_out": errors, "seconds_per_step": 0.5}
     return {"suite": "few", "run": run, "scores": scores}
@@ -74,9 +75,9 @@ def test_arms_stand_beside_plain_training_of_the_same_labels() -> None:
     records = [record("plain", 0, 0.2), record("plain", 1, 0.1), record("plain", 0, 0.05, None)]
     records += [record("DeNS", 0, 0.1), record("DeNS", 1, 0.2)]
     lines = tables.arms_table(records).splitlines()[2:]
-    assert [line.split(" | ")[2:8] for line in lines] == [
-        ["8", "12", "300", "plain", "2", "0.001"],
-        ["8", "12", "300", "DeNS", "2", "0.001"],
+    assert [line.split(" | ")[2:9] for line in lines] == [
+        ["8", "12", "300", "plain", "2", "100", "0.001"],
+        ["8", "12", "300", "DeNS", "2", "100", "0.001"],
     ], "with all labels there is nothing to compare"
     assert "| 100.0, 200.0 | -50, +100 % |" in lines[1]
 
@@ -186,6 +187,13 @@ def test_structures_passed_count_pretraining_and_both_passes_of_scd() -> None:
     assert tables.passed({"length": length, "pretraining": None}) == 1200
     assert tables.passed({"length": length, "pretraining": {**before, "form": "plain"}}) == 1200 + 3200
     assert tables.passed({"length": length, "pretraining": {**before, "form": "embedding"}}) == 1200 + 6400
+    assert tables.passed({"length": length, "pretraining": {**before, "form": "plain"}}, shared_by=10) == 1200 + 320
+
+
+def test_epochs_count_how_often_each_label_was_seen() -> None:
+    run = record("plain", 0, 0.1, labels=24)
+    assert tables.epochs(run) == 50
+    assert tables.epochs(run, 30) == 5
 
 
 def test_runs_of_few_labels_count_as_such_where_the_choice_of_rates_has_done_them() -> None:
@@ -205,9 +213,12 @@ def test_only_what_stands_between_marks_is_replaced() -> None:
         report.fill(page, {})
 
 
-def test_the_page_says_what_the_results_say() -> None:
-    page = report.PAGE.read_text()
-    assert report.fill(page, report.sections(*report.stored(report.HERE / "results"))) == page
+def test_the_pages_say_what_the_results_say() -> None:
+    contents = report.sections(*report.stored(report.HERE / "results"))
+    pages = [(report.DOCS / name).read_text() for name in report.PAGES]
+    assert [report.fill(page, contents) for page in pages] == pages
+    shown = [name for page in pages for name in re.findall(r"<!-- begin (\w+) -->", page)]
+    assert sorted(shown) == sorted(contents)
 
 
 def test_arms_of_other_studies_are_compared_with_their_first_arm_by_seed() -> None:

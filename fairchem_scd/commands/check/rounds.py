@@ -23,7 +23,7 @@ _FAR = 0.25
 _COMPONENTS = 1.6
 """The most components of the noise that SCD's embedding explained in small runs: PaiNN, cells of two atoms.
 
-See docs/evidence.md, "Why it explains so little of larger structures".
+See docs/condition.md, "Why it explains so little of larger structures".
 """
 
 
