@@ -15,13 +15,14 @@ FILES = {
     "Li": ("mlearn_Li_train.db", "mlearn_Li_test.db"),
     "oxides": ("oxides.db", None),
     "molecules": ("molecules_train.db", "molecules_test.db"),
+    "relaxed_molecules": ("relaxed_molecules.db", None),
 }
 """ASE databases by the name of the data: of training and of testing; None: a fifth of the first.
 
-Those of molecules are made by `python -m benchmarks.evidence.molecules FOLDER`.
+Those of molecules are made by `python -m benchmarks.evidence.molecules FOLDER` and `….relaxed_molecules FOLDER`.
 """
 
-ENERGIES_ALONE = ("oxides",)
+ENERGIES_ALONE = ("oxides", "relaxed_molecules")
 """Data whose structures are relaxed, so that their forces are nearly zero: energies alone are trained."""
 
 

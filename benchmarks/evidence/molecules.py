@@ -81,11 +81,11 @@ def frames(atoms: Atoms, temperature: float, how: Trajectory, seed: int) -> Iter
         frame = Atoms(atoms.numbers, atoms.positions - atoms.positions.mean(axis=0))
         energy, forces = atoms.get_potential_energy(), atoms.get_forces()
         frame.calc = SinglePointCalculator(frame, energy=energy, forces=forces)
-        frame.info.update(molecule=atoms.info["molecule"], temperature=temperature, gap=_gap(atoms.calc))
+        frame.info.update(molecule=atoms.info["molecule"], temperature=temperature, gap=orbital_gap(atoms.calc))
         yield frame
 
 
-def _gap(calculator: object) -> float:
+def orbital_gap(calculator: object) -> float:
     """Difference between the lowest empty and the highest occupied orbital, eV."""
     result = calculator._res  # ASE's interface of tblite does not hand orbitals on
     levels, occupations = result.get("orbital-energies"), result.get("orbital-occupations")

@@ -1,9 +1,10 @@
 """What pre-training buys for a scalar property: HOMO-LUMO gaps of molecules, with and without it.
 
-PaiNN or EquiformerV2 learns the gap of frames of molecular dynamics from few labels: from random weights, and from
-weights pre-trained on the structures of all training frames; with noisy nodes beside the property, as SCD's paper
-fine-tunes, and without. The data are made by `python -m benchmarks.evidence.molecules FOLDER`. PaiNN starts from the
-pre-trainings of the suite `molecules` of `benchmarks.evidence.learning`.
+PaiNN or EquiformerV2 learns the gap of frames of molecular dynamics, or of relaxed molecules, from few labels: from
+random weights, and from weights pre-trained on the structures of all training data; with noisy nodes beside the
+property, as SCD's paper fine-tunes, and without. The data are made by `python -m benchmarks.evidence.molecules FOLDER`
+and `… .relaxed_molecules FOLDER`. Pre-trainings are as in the suites `molecules` and `equiformer_molecules` of
+`benchmarks.evidence.learning`, and shared with them.
 
     python -m benchmarks.evidence.properties --data FOLDER --learning RESULTS --seeds 0 1 2
 
@@ -44,6 +45,8 @@ BACKBONES = {
 }
 """Model and pre-training."""
 LENGTH = Length(1000, 8, 2e-3)
+DATA = {"gaps": "molecules", "relaxed_gaps": "relaxed_molecules"}
+"""The structures whose gaps are learned, by the name of `structures.load`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Run:
     """All that decides a run's result.
 
     Attributes:
+        data: one of `DATA`.
         arm: what the run is called in tables.
         labels: how many frames have labels.
         noisy_nodes: train noisy nodes beside the property.
@@ -69,20 +73,22 @@ class Run:
     readout: str = "mean"
 
 
-def runs(backbone: str, budgets: Sequence[int], seeds: Sequence[int], rates: Sequence[float]) -> Iterator[Run]:
+def runs(
+    data: str, backbone: str, budgets: Sequence[int], seeds: Sequence[int], lengths: Sequence[Length]
+) -> Iterator[Run]:
     """All runs, in an order that gives whole comparisons early."""
     suite = BACKBONES[backbone]
-    for labels, seed, lr in product(budgets, seeds, rates):
-        length = replace(LENGTH, lr=lr)
+    for labels, seed, length in product(budgets, seeds, lengths):
         for noisy, start in product((False, True), (None, *learning.STARTS)):
             arm = ("scratch" if start is None else start) + (", noisy nodes" if noisy else "")
-            yield Run(arm, labels, seed, suite.model, length, noisy, suite.pretraining(seed, start) if start else None)
+            before = suite.pretraining(seed, start) if start else None
+            yield Run(arm, labels, seed, suite.model, length, noisy, before, data)
 
 
 @cache
-def load(folder: Path) -> Splits:
-    """The splits of `structures.load("molecules", folder)`, with the gap [eV] in the place of the energy."""
-    return structures.split(*(_of_gaps(part) for part in databases.read("molecules", folder)))
+def load(data: str, folder: Path) -> Splits:
+    """The splits of `structures.load(DATA[data], folder)`, with the gap [eV] in the place of the energy."""
+    return structures.split(*(_of_gaps(part) for part in databases.read(DATA[data], folder)))
 
 
 def _of_gaps(molecules: list[Atoms]) -> list[Atoms]:
@@ -164,9 +170,11 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m benchmarks.evidence.properties", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--data", type=existing_folder, required=True, metavar="FOLDER", help="of molecules_train.db and _test.db")
+    add("--data", type=existing_folder, required=True, metavar="FOLDER", help="folder of the ASE databases")
+    add("--only", choices=DATA, default="gaps", help="which gaps; default: gaps")
     add("--backbone", choices=BACKBONES, default="painn", help="default: painn")
     add("--labels", nargs="+", type=int, default=[64, 256], metavar="N", help="default: 64 256")
+    add("--steps", type=int, default=LENGTH.steps, metavar="N", help=f"default: {LENGTH.steps}")
     add("--lr", nargs="+", type=float, default=[LENGTH.lr], metavar="RATE", help="learning rates")
     add("--arms", nargs="+", metavar="ARM", help="these arms alone, by their names")
     add("--learning", type=Path, default=learning.RESULTS, metavar="FILE", help="results with checkpoints beside them")
@@ -174,17 +182,19 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     begin(options)
     results, learned, here = Results(options.results), Results(options.learning), environment()
-    splits = load(options.data)
-    for run in runs(options.backbone, options.labels, options.seeds, options.lr):
+    splits = load(options.only, options.data)
+    lengths = [replace(LENGTH, steps=options.steps, lr=lr) for lr in options.lr]
+    for run in runs(options.only, options.backbone, options.labels, options.seeds, lengths):
         if options.arms and run.arm not in options.arms:
             continue
         with results.claimed(asdict(run)) as mine:
             if mine:
-                start = start_of(replace(run, data="molecules"), splits, learned, here, suite="molecules")
+                start = start_of(replace(run, data=DATA[run.data]), splits, learned, here, suite="molecules")
                 scores = train(run, splits, start)
                 results.append({"run": asdict(run), "scores": scores, **here})
-                found = f"{scores['held_out']:.3f} eV held out, {scores['test']:.3f} eV on the test frames"
-                print(f"{run.labels} labels, {run.arm}, lr {run.length.lr}, seed {run.seed}: {found}", flush=True)
+                found = f"{scores['held_out']:.3f} eV held out, {scores['test']:.3f} eV on the test structures"
+                what = f"{run.data}, {run.labels} labels, {run.arm}, lr {run.length.lr}, seed {run.seed}"
+                print(f"{what}: {found}", flush=True)
 
 
 if __name__ == "__main__":

@@ -281,11 +281,12 @@ On oxides labels are energies alone.
 PROPERTIES = """\
 ## A scalar property: HOMO-LUMO gaps
 
-Frames of molecular dynamics of 88 molecules at 300 to 1000 K, with gaps by GFN2-xTB. The test frames are of the same
-molecules, later in their trajectories. Pre-training has all training frames but the
-held-out ones, without labels; batches of 8 frames fine-tune, with noisy nodes beside the property and without.
-"Scratch" begins with random weights; "change" is against it, by seed. "Readout": how the
-atoms' values become one number.
+By GFN2-xTB. "Gaps" are of frames of molecular dynamics of 88 molecules at 300 to 1000 K; the test frames are of the
+same molecules, later in their trajectories. "Relaxed gaps" are of 3600 relaxed molecules of four to seven heavy atoms
+(C, N, O, F), each there once, so test molecules are new (`benchmarks/evidence/relaxed_molecules.py`). Pre-training has
+the structures of all training data but the held-out ones, without labels; batches of 8 fine-tune, with noisy nodes
+beside the property and without. "Scratch" begins with random weights; "change" is against it, by seed. The gap is the
+mean of the atoms' values.
 """
 FAIRCHEM2 = """\
 ## fairchem 2.x

@@ -204,14 +204,17 @@ def properties_table(records: list[Record]) -> str:
     return errors_table(
         records,
         {
+            "data": lambda r: r["run"]["data"].replace("_", " "),
             "backbone": lambda r: r["run"]["model"]["backbone"],
             "channels": channels,
             "labels": lambda r: r["run"]["labels"],
             "steps": lambda r: r["run"]["length"]["steps"],
             "learning rate": lambda r: r["run"]["length"]["lr"],
-            "readout": lambda r: r["run"].get("readout", "sum"),
         },
-        {"gap MAE, eV": lambda r: r["scores"]["test"]},
+        {
+            "held-out gap MAE, eV": lambda r: r["scores"]["held_out"],
+            "test gap MAE, eV": lambda r: r["scores"]["test"],
+        },
         first="scratch",
         digits=2,
     )
@@ -384,5 +387,5 @@ def number_of_labels(record: Record) -> int:
     return record["run"]["labels"] or ALL[record["run"]["data"]]
 
 
-ALL = {"Mo": 155, "Li": 193, "oxides": 189, "slabs": 960, "molecules": 2534}
+ALL = {"Mo": 155, "Li": 193, "oxides": 189, "slabs": 960, "molecules": 2534, "relaxed_molecules": 2304}
 """How many training structures there are, see `structures.load`."""

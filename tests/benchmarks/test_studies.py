@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,12 +13,17 @@ import numpy as np
 import pytest
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.db import connect
+from ase.formula import Formula
 from fairchem.core.common.utils import setup_imports
+from rdkit.Chem import AddHs, MolFromSmiles
+from rdkit.Chem.rdMolDescriptors import CalcMolFormula
 
 from benchmarks.evidence import (
     condition,
     databases,
     learning,
+    relaxed_molecules,
     structures,
     tables,
 )
@@ -124,6 +131,22 @@ def test_slabs_have_their_labels_in_a_database(monkeypatch: pytest.MonkeyPatch, 
         assert rows[i].energy == pytest.approx(atoms.get_potential_energy())
         np.testing.assert_allclose(rows[i].forces, atoms.get_forces(apply_constraint=False), atol=1e-5)
         assert rows[i].fixed.sum() == 4
+
+
+def test_relaxed_molecules_are_different_at_rest_and_have_their_bonds(tmp_path: Path) -> None:
+    # In a process of its own: see tests/docs/test_docs.py.
+    command = [sys.executable, "-m", "benchmarks.evidence.relaxed_molecules", str(tmp_path), "--count", "6"]
+    subprocess.run(command, check=True, capture_output=True)
+    with connect(tmp_path / "relaxed_molecules.db") as database:
+        rows = list(database.select())
+    assert len({row.smiles for row in rows}) == len(rows) == 6
+    for row in rows:
+        heavy = MolFromSmiles(row.smiles)
+        assert 4 <= heavy.GetNumAtoms() <= 7
+        assert row.count_atoms() == Formula(CalcMolFormula(heavy)).count()
+        assert len(relaxed_molecules.bonds(row.toatoms())) == AddHs(heavy).GetNumBonds()
+        assert np.linalg.norm(row.forces, axis=1).max() < 0.02
+        assert 0 < row.data["gap"] < 20
 
 
 def test_molecules_stand_in_cells_too_large_to_meet_their_images_and_keep_their_labels(tmp_path: Path) -> None:

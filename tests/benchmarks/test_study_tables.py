@@ -225,11 +225,11 @@ def test_arms_of_other_studies_are_compared_with_their_first_arm_by_seed() -> No
     def gap(arm: str, seed: int, error: float) -> dict[str, Any]:
         run = {"data": "gaps", "arm": arm, "labels": 64, "seed": seed, "model": {"backbone": "painn", "channels": 8}}
         run["length"] = {"steps": 600, "lr": 0.002}
-        return {"run": run, "scores": {"test": error}}
+        return {"run": run, "scores": {"test": error, "held_out": 2 * error}}
 
     gaps = [gap("scratch", 0, 1.0), gap("scratch", 1, 2.0), gap("SCD", 0, 0.5), gap("SCD", 1, 1.0)]
     assert (
-        "| painn | 8 | 64 | 600 | 0.002 | sum | SCD | 2 | 0.50, 1.00 | -50, -50 % |"
+        "| gaps | painn | 8 | 64 | 600 | 0.002 | SCD | 2 | 1.00, 2.00 | -50, -50 % | 0.50, 1.00 | -50, -50 % |"
         in report.sections([], [], gaps)["properties"]
     )
 
