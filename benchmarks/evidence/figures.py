@@ -27,8 +27,10 @@ def draw_labels(records: list[Record], path: Path) -> None:
     counts = {key: of for key, of in counts.items() if len(of) > 1}
     datas = sorted({data for data, _ in counts})
     arms = sorted({arm for _, arm in counts}, key=lambda a: (a != FIRST, a))
-    figure = style.new_figure(style.DOUBLE if len(datas) > 1 else 1.5 * style.SINGLE, 2.5)
-    for axes, data in zip(figure.subplots(1, len(datas), squeeze=False)[0], datas, strict=True):
+    columns = 2 if len(datas) == 4 else min(len(datas), 3)
+    rows = math.ceil(len(datas) / columns)
+    figure = style.new_figure(style.DOUBLE if columns > 1 else 1.5 * style.SINGLE, 0.4 + 2.1 * rows)
+    for axes, data in zip(figure.subplots(rows, columns, squeeze=False).flat, datas, strict=False):
         units = {"force_mae": "force MAE, meV/Å", "energy_mae": "energy MAE, meV/atom"}
         tested = [r["scores"]["test"] for r in records if r["run"]["data"] == data]
         name = next(name for name in units if all(name in errors for errors in tested))
@@ -44,11 +46,21 @@ def draw_labels(records: list[Record], path: Path) -> None:
                 axes.errorbar(counts[data, arm], means, yerr=bars, capsize=2, label=arm, **look)
         axes.set(xscale="log", yscale="log", xlabel="labels", ylabel=units[name], title=data)
         ticks = sorted({count for (d, _), of in counts.items() if d == data for count in of})
-        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.set_xticks(ticks, names_apart(ticks))
         axes.minorticks_off()
         plain_ticks(axes)
     legend_below(figure, ncols=3)
     style.save(figure, path, force=True)
+
+
+def names_apart(ticks: list[int]) -> list[str]:
+    """The numbers as names of ticks on a logarithmic axis; empty where one would touch the name before it."""
+    apart, last, names = 0.13 * math.log(ticks[-1] / ticks[0]), -math.inf, []
+    for tick in ticks:
+        shown = math.log(tick) - last >= apart
+        names.append(str(tick) if shown else "")
+        last = math.log(tick) if shown else last
+    return names
 
 
 def draw_curves(records: list[Record], path: Path) -> None:

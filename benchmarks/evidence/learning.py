@@ -231,7 +231,7 @@ SUITES = {
         **_RATES,
         lengths=(
             *(Length(300, 4, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
-            *(Length(1000, 4, lr) for lr in (1e-3, 2e-3, 4e-3)),
+            *(Length(1000, 4, lr) for lr in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
         ),
     ),
     "molecule_rates": replace(

@@ -66,12 +66,14 @@ def sections(
     before = pretrainings(learning)
     ladder, varied, levers = parted(condition)
     several, explained = of_several_budgets(learning), groups(ladder, before)
-    equiformer = of_suites(
-        learning, "equiformer", "equiformer_molecules", "equiformer_rates", "equiformer_tuned", "equiformer_slabs"
+    elsewhere = of_suites(
+        learning,
+        *("equiformer", "equiformer_molecules", "equiformer_rates", "equiformer_tuned", "equiformer_slabs"),
+        *("escn_molecules", "esen_molecules"),
     )
     settings = of_suites(learning, "tune", "molecule_tasks")
     heads = trained(learning, "heads")
-    rates = of_suites(learning, "molecule_rates", "start_rates", "many_label_rates", "longer_molecule_rates")
+    rates = of_suites(learning, "rates", "molecule_rates", "start_rates", "many_label_rates", "longer_molecule_rates")
     grouped = [r for r in (*best_rates(few), *heads, *long) if "test_groups" in r["scores"]]
     longer = trained(learning, "compute", "molecule_compute")
     shared = {(r["run"]["data"], r["run"]["labels"]) for r in longer}
@@ -83,7 +85,7 @@ def sections(
         "labels": (several, LABELS, lambda: saved_table(several)),
         "compute": (compute, COMPUTE, lambda: compute_table(compute)),
         "heads": (heads, HEADS, lambda: arms_table(heads)),
-        "equiformer": (equiformer, EQUIFORMER, lambda: arms_table(best_rates(equiformer))),
+        "backbones": (elsewhere, BACKBONES, lambda: arms_table(best_rates(elsewhere))),
         "long": (long, LONG, lambda: arms_table(long, best=True)),
         "tune": (settings, TUNE, lambda: arms_table(settings, split="held_out")),
         "groups": (grouped, GROUPS, lambda: groups_table(grouped)),
@@ -163,7 +165,7 @@ structures among the ones tried. "Last fifth" is the change of the held-out forc
 training: below zero it was still falling, above zero the labels were overfitted. Of two seeds both numbers are given.
 """
 RATES = """\
-### Learning rates on molecules
+### Learning rates
 
 All that were run, each arm against plain training at the same rate.
 """
@@ -186,12 +188,12 @@ HEADS = """\
 
 The same, but the last layer of the energy head begins with random weights.
 """
-EQUIFORMER = """\
-### EquiformerV2
+BACKBONES = """\
+### Other backbones
 
-Two blocks of 32 channels. On molecules plain training and plain denoising have the learning rates that were best on
-held-out structures with seed 0, of 0.00025 to 0.008 (`equiformer_rates`; 0.016 came later); the others were run with
-0.001 alone.
+Two blocks of 32 channels. Forces of eSEN are the energy's gradient. On molecules EquiformerV2's plain training and
+plain denoising have the learning rates that were best on held-out structures with seed 0, of 0.00025 to 0.008
+(`equiformer_rates`; 0.016 came later); the others were run with 0.001 alone.
 """
 LONG = """\
 ## A task beside the labels
