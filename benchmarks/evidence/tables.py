@@ -111,10 +111,6 @@ def arms_table(records: list[Record], split: str = "test", *, best: bool = False
     Args:
         best: also the lowest held-out force error that each run had at any time.
     """
-
-    def error(name: str) -> Callable[[Record], float | None]:
-        return lambda record: _milli(record, name, split) if name in record["scores"][split] else None
-
     return errors_table(
         records,
         {
@@ -124,7 +120,10 @@ def arms_table(records: list[Record], split: str = "test", *, best: bool = False
             "labels": number_of_labels,
             "steps": lambda r: r["run"]["length"]["steps"],
         },
-        {"force MAE, meV/Å": error("force_mae"), "energy MAE, meV/atom": error("energy_mae")},
+        {
+            "force MAE, meV/Å": lambda r: _milli(r, "force_mae", split),
+            "energy MAE, meV/atom": lambda r: _milli(r, "energy_mae", split),
+        },
         notes={"epochs": _epochs, "learning rate": _rates, "last fifth": _last_fifth}
         | ({"lowest held-out force MAE": _lowest} if best else {}),
     )
@@ -231,14 +230,15 @@ def fairchem2_table(records: list[Record]) -> str:
             "steps": lambda r: r["run"]["size"]["steps"],
         },
         {
-            "force MAE, meV/Å": lambda r: _milli(r, "force_mae") if "force_mae" in r["scores"]["test"] else None,
+            "force MAE, meV/Å": lambda r: _milli(r, "force_mae"),
             "energy MAE, meV/atom": lambda r: _milli(r, "energy_mae"),
         },
     )
 
 
-def _milli(record: Record, name: str, split: str = "test") -> float:
-    return 1000 * record["scores"][split][name]
+def _milli(record: Record, name: str, split: str = "test") -> float | None:
+    errors = record["scores"][split]
+    return 1000 * errors[name] if name in errors else None
 
 
 def compute_table(records: list[Record]) -> str:
@@ -260,7 +260,7 @@ def compute_table(records: list[Record]) -> str:
     for data, labels, cost, arm, steps in sorted(groups):
         seeds = groups[data, labels, cost, arm, steps]
         cells = [
-            spread([_milli(r, name) for r in seeds.values() if name in r["scores"]["test"]])
+            spread([error for r in seeds.values() if (error := _milli(r, name)) is not None])
             for name in ("force_mae", "energy_mae")
         ]
         shared = passed(next(iter(seeds.values()))["run"], shared_by=10)
