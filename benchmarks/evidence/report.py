@@ -47,7 +47,7 @@ from benchmarks.evidence.tables import (
 from fairchem_scd.commands import pictures as style
 
 HERE = Path(__file__).parents[1]
-FEW_LABELS = ("few", "energies", "molecules", "more_molecules", "longer_molecules", "slabs")
+FEW_LABELS = ("few", "energies", "molecules", "more_molecules", "longer_molecules", "many_label_rates", "slabs")
 """Suites of few labels."""
 DOCS = HERE.parent / "docs"
 PAGES = ("evidence.md", "condition.md")
@@ -73,7 +73,7 @@ def sections(
     )
     settings = of_suites(learning, "tune", "molecule_tasks")
     heads = trained(learning, "heads")
-    rates = of_suites(learning, "rates", "molecule_rates", "start_rates", "many_label_rates", "longer_molecule_rates")
+    rates = of_suites(learning, *(name for name in SUITES if name.endswith("rates")))
     grouped = [r for r in (*best_rates(few), *heads, *long) if "test_groups" in r["scores"]]
     longer = trained(learning, "compute", "molecule_compute")
     shared = {(r["run"]["data"], r["run"]["labels"]) for r in longer}
@@ -161,7 +161,8 @@ Each seed pre-trains anew, on the structures of all training data but the held-o
 against plain training of the same seed. Molecules are frames of molecular dynamics of 88 molecules at 300 to 1000 K,
 labelled by GFN2-xTB (`benchmarks/evidence/molecules.py`); the test frames are later ones of the same trajectories, so
 no test is on a molecule that is not in the training data. Learning rates are those that were best on held-out
-structures among the ones tried. "Last fifth" is the change of the held-out force error in the last fifth of the
+structures among those run with most seeds. Only one was run on Li (that of Mo), and for SCD with many labels; the table
+of learning rates has all. "Last fifth" is the change of the held-out force error in the last fifth of the
 training: below zero it was still falling, above zero the labels were overfitted. Of two seeds both numbers are given.
 """
 RATES = """\
@@ -172,10 +173,10 @@ All that were run, each arm against plain training at the same rate.
 LABELS = """\
 ### How many labels pre-training saves
 
-Here and in the picture at the top of this page, all numbers of labels of a data set are trained for equally many steps
-(where all of them were trained for several lengths, the one that is best on held-out structures). The table says how
-many times as many labels plain training needs for the same error (of forces; on oxides of energies), between the
-numbers of labels tried.
+Here and in the [picture](#pre-training-then-energies-and-forces), each arm has with each number of labels the length
+that is best on held-out structures, of those that plain training had with all numbers (Mo: 300 and 1000 steps). The
+table says how many times as many labels plain training needs for the same error (of forces; on oxides of energies),
+between the numbers of labels tried.
 """
 COMPUTE = """\
 ### At equal compute
@@ -259,8 +260,8 @@ differences gain more than 3 %.
 PRETRAINING = """\
 ## What the condition carried in pre-training on real structures
 
-The pre-trainings of "Few labels" above, judged on held-out structures of their data as in the section before. Each is
-compared with plain denoising of equally many steps, which costs half.
+The pre-trainings of [evidence](evidence.md#few-labels-pre-training-on-structures-alone), judged on held-out structures
+of their data as in the section before. Each is compared with plain denoising of equally many steps, which costs half.
 """
 COMPONENTS = """\
 ### Why it explains so little of larger structures
@@ -269,7 +270,7 @@ The noise of N atoms has 3N − 3 components, beside its mean. To first order in
 is told of the clean structure take K of them away, if it can form the same invariants of the noisy structure: a share
 K / (3N − 3). "Components" is the explained share times 3N − 3. Structures of like size are taken together. ± is the
 standard error over structures. Slabs have four fixed atoms: of their noise a quarter fewer components move than are
-counted here. The picture is at the top of this page.
+counted here. The picture is under [what bounds it](#what-bounds-it).
 """
 PROBES = """\
 ## What frozen embeddings hold

@@ -135,6 +135,7 @@ def rates_table(records: list[Record]) -> str:
         records,
         {
             "data": lambda r: r["run"]["data"],
+            "backbone": lambda r: r["run"]["model"]["backbone"],
             "labels": number_of_labels,
             "steps": lambda r: r["run"]["length"]["steps"],
             "learning rate": lambda r: r["run"]["length"]["lr"],
