@@ -70,7 +70,7 @@ def draw_curves(records: list[Record], path: Path) -> None:
     figure = style.new_figure(style.DOUBLE, 3.2)
     for axes, data in zip(figure.subplots(1, len(datas), squeeze=False)[0], datas, strict=True):
         groups = by_seed((r for r in records if r["run"]["data"] == data), lambda r: r["run"]["arm"])
-        lowest = math.inf
+        lowest: list[float] = []
         for arm, seeds in groups.items():
             i = arms.index(arm)
             curves = [[1000 * point["force_mae"] for point in r["scores"]["curve"]] for r in seeds.values()]
@@ -80,9 +80,9 @@ def draw_curves(records: list[Record], path: Path) -> None:
             means = [statistics.mean(c) for c in zip(*curves, strict=True)]
             axes.plot(seen, means, color=style.COLORS[i], linestyle=style.LINES[i % len(style.LINES)], label=arm)
             axes.fill_between(seen, low, high, color=style.COLORS[i], alpha=0.2, linewidth=0)
-            lowest = min(lowest, *low)
+            lowest.append(min(low))
         axes.set(yscale="log", xlabel="epochs", ylabel="held-out force MAE, meV/Å", title=data)
-        axes.set_ylim(0.98 * lowest, 1.3 * lowest)
+        axes.set_ylim(0.98 * min(lowest), 1.3 * max(lowest))
         plain_ticks(axes)
     legend_below(figure, ncols=2, fontsize="small")
     style.save(figure, path, force=True)

@@ -1,6 +1,6 @@
 """Relaxed molecules with HOMO-LUMO gaps by GFN2-xTB: a small data set of the kind of QM9.
 
-Molecules with four to seven atoms of C, N, O and F, and hydrogen, are grown at random, bond by bond. RDKit knows which
+Molecules of up to seven atoms of C, N, O and F, and hydrogen, are grown at random, bond by bond. RDKit knows which
 are possible and which are equal, and gives a first geometry (ETKDG, MMFF94); GFN2-xTB relaxes it. No molecule is there
 twice, so each test molecule is new to a model.
 
@@ -31,7 +31,7 @@ ELEMENTS = {"C": (4, 0.62), "N": (3, 0.17), "O": (2, 0.17), "F": (1, 0.04)}
 """How many bonds an atom has, and how often it is drawn."""
 
 HEAVY = (4, 7)
-"""Fewest and most atoms that are not hydrogen."""
+"""Fewest and most atoms that are not hydrogen; fewer where no bond is left to grow from."""
 
 
 def different_molecules(seed: int) -> Iterator[str]:

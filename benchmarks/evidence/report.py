@@ -285,7 +285,7 @@ PROPERTIES = """\
 ## A scalar property: HOMO-LUMO gaps
 
 By GFN2-xTB. "Gaps" are of frames of molecular dynamics of 88 molecules at 300 to 1000 K; the test frames are of the
-same molecules, later in their trajectories. "Relaxed gaps" are of 3600 relaxed molecules of four to seven heavy atoms
+same molecules, later in their trajectories. "Relaxed gaps" are of 3600 relaxed molecules of up to seven heavy atoms
 (C, N, O, F), each there once, so test molecules are new (`benchmarks/evidence/relaxed_molecules.py`). Pre-training has
 the structures of all training data but the held-out ones, without labels; batches of 8 fine-tune, with noisy nodes
 beside the property and without. "Scratch" begins with random weights; "change" is against it, by seed. The gap is the

@@ -142,7 +142,7 @@ def test_relaxed_molecules_are_different_at_rest_and_have_their_bonds(tmp_path: 
     assert len({row.smiles for row in rows}) == len(rows) == 6
     for row in rows:
         heavy = MolFromSmiles(row.smiles)
-        assert 4 <= heavy.GetNumAtoms() <= 7
+        assert heavy.GetNumAtoms() <= 7
         assert row.count_atoms() == Formula(CalcMolFormula(heavy)).count()
         assert len(relaxed_molecules.bonds(row.toatoms())) == AddHs(heavy).GetNumBonds()
         assert np.linalg.norm(row.forces, axis=1).max() < 0.02
