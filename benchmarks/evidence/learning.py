@@ -16,8 +16,8 @@ Suites, which --only, --arms, --labels, --lr and --seeds narrow down:
 - slabs: the same on metal slabs with adsorbates, labelled by ASE's effective medium theory;
 - rates, molecule_rates, slab_rates, longer_molecule_rates, equiformer_rates: learning rate and length of these, to be
   chosen on held-out structures;
-- start_rates, many_label_rates, all_label_rates: the same after each of three pre-trainings, with 192 and all labels
-  of molecules, and with all labels of Mo;
+- start_rates, many_label_rates, more_label_rates: the same after each of three pre-trainings, with 192 and all labels
+  of molecules, and with 96 and all labels of Mo;
 - energies: as few, on oxides, whose structures are relaxed: energies alone;
 - compute, molecule_compute: plain training from random weights for as long as pre-training and fine-tuning together;
 - heads: as few, with energy heads that start as the host has them;
@@ -250,11 +250,14 @@ SUITES = {
         **{**_RATES, "budgets": ((192, None),)},
         lengths=_at(1000, 1e-3, 2e-3, 4e-3),
     ),
-    "all_label_rates": replace(
+    "more_label_rates": replace(
         _FEW,
-        **{**_RATES, "budgets": ((None,),)},
+        **{**_RATES, "budgets": ((None,), (96,))},
         data=("Mo",),
-        lengths=tuple(Length(1000, 4, lr) for lr in (1e-3, 2e-3, 4e-3)),
+        lengths=(
+            *(Length(300, 4, lr) for lr in (4e-3, 8e-3, 1.6e-2)),
+            *(Length(1000, 4, lr) for lr in (1e-3, 2e-3, 4e-3)),
+        ),
     ),
     "slab_rates": replace(
         _SLABS,

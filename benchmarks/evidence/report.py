@@ -47,7 +47,10 @@ from benchmarks.evidence.tables import (
 from fairchem_scd.commands import pictures as style
 
 HERE = Path(__file__).parents[1]
-FEW_LABELS = ("few", "energies", "molecules", "more_molecules", "longer_molecules", "many_label_rates", "slabs")
+FEW_LABELS = (
+    *("few", "rates", "more_label_rates", "energies", "slabs"),
+    *("molecules", "more_molecules", "longer_molecules", "many_label_rates"),
+)
 """Suites of few labels."""
 DOCS = HERE.parent / "docs"
 PAGES = ("evidence.md", "condition.md")
