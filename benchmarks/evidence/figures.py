@@ -64,9 +64,14 @@ def names_apart(ticks: list[int]) -> list[str]:
 
 
 def draw_curves(records: list[Record], path: Path) -> None:
-    """Held-out force errors against epochs, mean over seeds, with their range; not the steep fall at the start."""
+    """Held-out force errors against epochs, mean over seeds, with their range; not the steep fall at the start.
+
+    Arms that were run with one seed alone are left to the table.
+    """
+    seeds_of = by_seed(records, lambda r: r["run"]["arm"])
+    arms = [arm for arm, seeds in seeds_of.items() if len(seeds) > 1]
+    records = [r for r in records if r["run"]["arm"] in arms]
     datas = sorted({r["run"]["data"] for r in records})
-    arms = list(dict.fromkeys(r["run"]["arm"] for r in records))
     figure = style.new_figure(style.DOUBLE, 3.2)
     for axes, data in zip(figure.subplots(1, len(datas), squeeze=False)[0], datas, strict=True):
         groups = by_seed((r for r in records if r["run"]["data"] == data), lambda r: r["run"]["arm"])

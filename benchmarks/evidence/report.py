@@ -164,8 +164,8 @@ Each seed pre-trains anew, on the structures of all training data but the held-o
 against plain training of the same seed. Molecules are frames of molecular dynamics of 88 molecules at 300 to 1000 K,
 labelled by GFN2-xTB (`benchmarks/evidence/molecules.py`); the test frames are later ones of the same trajectories, so
 no test is on a molecule that is not in the training data. Learning rates are those that were best on held-out
-structures among those run with most seeds. Only one was run on Li (that of Mo), and for SCD with many labels; the table
-of learning rates has all. "Last fifth" is the change of the held-out force error in the last fifth of the
+structures among those run with most seeds: one alone on Li, on Mo with 12 and 48 labels, on oxides, and for SCD; the
+table of learning rates has all. "Last fifth" is the change of the held-out force error in the last fifth of the
 training: below zero it was still falling, above zero the labels were overfitted. Of two seeds both numbers are given.
 """
 RATES = """\
