@@ -83,8 +83,9 @@ def draw_curves(records: list[Record], path: Path) -> None:
             seen = [epochs(first, point["step"]) for point in first["scores"]["curve"]]
             low, high = zip(*((min(c), max(c)) for c in zip(*curves, strict=True)), strict=True)
             means = [statistics.mean(c) for c in zip(*curves, strict=True)]
-            axes.plot(seen, means, color=style.COLORS[i], linestyle=style.LINES[i % len(style.LINES)], label=arm)
-            axes.fill_between(seen, low, high, color=style.COLORS[i], alpha=0.2, linewidth=0)
+            look = {"color": style.COLORS[i % len(style.COLORS)], "linestyle": style.LINES[i % len(style.LINES)]}
+            axes.plot(seen, means, label=arm, **look)
+            axes.fill_between(seen, low, high, color=look["color"], alpha=0.2, linewidth=0)
             lowest.append(min(low))
         axes.set(yscale="log", xlabel="epochs", ylabel="held-out force MAE, meV/Å", title=data)
         axes.set_ylim(0.98 * min(lowest), 1.3 * max(lowest))
