@@ -21,7 +21,7 @@ Suites, which --only, --arms, --labels, --lr and --seeds narrow down:
 - energies: as few, on oxides, whose structures are relaxed: energies alone;
 - compute, molecule_compute: plain training from random weights for as long as pre-training and fine-tuning together;
 - heads: as few, with energy heads that start as the host has them;
-- long, longer, long_slabs: many passes over all labels, a task beside them;
+- long, long_rates, longer, long_slabs: many passes over all labels, a task beside them;
 - tune, molecule_tasks: settings of the tasks beside labels, to be judged on held-out structures;
 - equiformer, equiformer_molecules, equiformer_tuned, equiformer_slabs: few labels on EquiformerV2;
 - escn_molecules, esen_molecules: the same on eSCN, and on eSEN whose forces are the energy's gradient.
@@ -285,6 +285,9 @@ SUITES = {
         arms=(*_BESIDE, PRETRAINED[0], THEN_DENS),
         lengths=(Length(3000, 4, 1e-3),),
         points=12,
+    ),
+    "long_rates": replace(
+        _FEW, data=("Mo",), budgets=((None,),), arms=_BESIDE[:2], lengths=(Length(3000, 4, 4e-3),), points=12
     ),
     "longer": replace(
         _FEW, data=("Mo",), budgets=((None,),), arms=_BESIDE[:2], lengths=(Length(9000, 4, 1e-3),), points=18

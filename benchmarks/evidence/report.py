@@ -65,7 +65,7 @@ def sections(
 ) -> dict[str, str]:
     """The markdown of each section by the name of its marks; empty where there is nothing to compare yet."""
     gaps, second = ([r for r in records if "arm" in r["run"]] for records in (properties, fairchem2))
-    few, long = few_labels(learning), trained(learning, "long", "longer", "long_slabs")
+    few, long = few_labels(learning), trained(learning, "long", "long_rates", "longer", "long_slabs")
     before = pretrainings(learning)
     ladder, varied, levers = parted(condition)
     several, explained = of_several_budgets(learning), groups(ladder, before)
@@ -204,8 +204,6 @@ LONG = """\
 
 All labels, equal numbers of supervised steps. "Lowest held-out force MAE" is what the best checkpoint of a run has;
 errors on the test structures are those at its end.
-
-![Held-out force errors against steps](figures/beside_labels.png)
 """
 TUNE = """\
 ### Settings of the tasks
