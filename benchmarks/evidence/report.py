@@ -65,7 +65,8 @@ def sections(
 ) -> dict[str, str]:
     """The markdown of each section by the name of its marks; empty where there is nothing to compare yet."""
     gaps, second = ([r for r in records if "arm" in r["run"]] for records in (properties, fairchem2))
-    few, long = few_labels(learning), trained(learning, "long", "long_rates", "longer", "long_slabs")
+    few, long = few_labels(learning), trained(learning, "long", "longer", "long_slabs")
+    faster = trained(learning, "long_rates")
     before = pretrainings(learning)
     ladder, varied, levers = parted(condition)
     several, explained = of_several_budgets(learning), groups(ladder, before)
@@ -89,9 +90,9 @@ def sections(
         "compute": (compute, COMPUTE, lambda: compute_table(compute)),
         "heads": (heads, HEADS, lambda: arms_table(heads)),
         "backbones": (elsewhere, BACKBONES, lambda: arms_table(best_rates(elsewhere))),
-        "long": (long, LONG, lambda: arms_table(long, best=True)),
+        "long": (long, LONG, lambda: with_faster(long, faster, partial(arms_table, best=True))),
         "tune": (settings, TUNE, lambda: arms_table(settings, split="held_out")),
-        "groups": (grouped, GROUPS, lambda: groups_table(grouped)),
+        "groups": (grouped, GROUPS, lambda: with_faster(grouped, faster, groups_table)),
         "condition": (ladder, CONDITION, lambda: ladder_table(ladder)),
         "frontier": (varied, FRONTIER, lambda: frontier_table(varied)),
         "levers": (levers, LEVERS, lambda: levers_table(levers)),
@@ -102,6 +103,14 @@ def sections(
         "fairchem2": (second, FAIRCHEM2, lambda: fairchem2_table(second)),
     }
     return {name: f"{text}\n{table()}\n" if compared(records) else "" for name, (records, text, table) in parts.items()}
+
+
+def with_faster(records: list[Record], faster: list[Record], table: Callable[[list[Record]], str]) -> str:
+    """A table of runs and, where there are two sides, one of runs at a higher learning rate than some of these had."""
+    tables = [table(records)]
+    if compared(faster):
+        tables += ["At a learning rate of 0.004:", table(faster)]
+    return "\n\n".join(tables)
 
 
 def few_labels(learning: list[Record]) -> list[Record]:
