@@ -197,13 +197,11 @@ def test_epochs_count_how_often_each_label_was_seen() -> None:
 
 
 def test_runs_of_few_labels_count_as_such_where_the_choice_of_rates_has_done_them() -> None:
-    runs = [run for run in learning.SUITES["rates"].runs([0]) if run.data == "Mo" and run.arm == "plain"]
-    records = [{**record("plain", 0, 0.1), "suite": "rates", "run": asdict(run)} for run in runs]
-    usual = {length.lr for length in learning.SUITES["few"].lengths}
+    runs = [run for run in learning.SUITES["molecule_rates"].runs([0]) if run.arm == "plain"]
+    records = [{**record("plain", 0, 0.1), "suite": "molecule_rates", "run": asdict(run)} for run in runs]
     found = report.few_labels(records)
-    assert {(r["run"]["length"]["steps"], r["run"]["length"]["lr"]) for r in found} == {(300, 4e-3), (1000, 1e-3)}
-    assert usual == {4e-3, 1e-3}
-    assert len(records) > 2
+    assert {(r["run"]["labels"], r["run"]["length"]["lr"]) for r in found} == {(24, 2e-3), (384, 2e-3), (384, 4e-3)}
+    assert len(records) > 3
 
 
 def test_only_what_stands_between_marks_is_replaced() -> None:
