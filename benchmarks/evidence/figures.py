@@ -27,10 +27,8 @@ def draw_labels(records: list[Record], path: Path) -> None:
     counts = {key: of for key, of in counts.items() if len(of) > 1}
     datas = sorted({data for data, _ in counts})
     arms = sorted({arm for _, arm in counts}, key=lambda a: (a != FIRST, a))
-    columns = 2 if len(datas) == 4 else min(len(datas), 3)
-    rows = math.ceil(len(datas) / columns)
-    figure = style.new_figure(style.DOUBLE if columns > 1 else 1.5 * style.SINGLE, 0.4 + 2.1 * rows)
-    for axes, data in zip(figure.subplots(rows, columns, squeeze=False).flat, datas, strict=False):
+    figure = style.new_figure(style.DOUBLE if len(datas) > 1 else 1.5 * style.SINGLE, 2.5)
+    for axes, data in zip(figure.subplots(1, len(datas), squeeze=False)[0], datas, strict=True):
         units = {"force_mae": "force MAE, meV/Å", "energy_mae": "energy MAE, meV/atom"}
         tested = [r["scores"]["test"] for r in records if r["run"]["data"] == data]
         name = next(name for name in units if all(name in errors for errors in tested))

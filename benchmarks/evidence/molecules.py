@@ -12,7 +12,6 @@ writes FOLDER/molecules_train.db and FOLDER/molecules_test.db, ASE databases. A 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,8 @@ from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 from ase.optimize import BFGS
 from tqdm import tqdm
+
+from benchmarks.command_line import parser_of
 
 TEMPERATURES = (300.0, 600.0, 1000.0)
 """Of the trajectories, K."""
@@ -119,16 +120,16 @@ def write(folder: Path, at_least: int, how: Trajectory, seed: int) -> tuple[int,
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.evidence.molecules",
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parser_of("benchmarks.evidence.molecules", __doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the databases are written")
-    parser.add_argument("--atoms", type=int, default=4, help="fewest atoms of a molecule")
-    parser.add_argument("--train", type=int, default=Trajectory.train, help="training frames of a trajectory")
-    parser.add_argument("--test", type=int, default=Trajectory.test, help="test frames of a trajectory")
-    parser.add_argument("--seed", type=int, default=0, help="of velocities and dynamics")
+    parser.add_argument("--atoms", type=int, default=4, help="fewest atoms of a molecule; default: %(default)s")
+    parser.add_argument(
+        "--train", type=int, default=Trajectory.train, help="training frames of a trajectory; default: %(default)s"
+    )
+    parser.add_argument(
+        "--test", type=int, default=Trajectory.test, help="test frames of a trajectory; default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of velocities and dynamics; default: %(default)s")
     options = parser.parse_args(arguments)
     how = Trajectory(train=options.train, test=options.test)
     train, test = write(options.folder, options.atoms, how, options.seed)

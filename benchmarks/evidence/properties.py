@@ -56,7 +56,7 @@ class Run:
     Attributes:
         data: one of `DATA`.
         arm: what the run is called in tables.
-        labels: how many frames have labels.
+        labels: how many structures have labels.
         noisy_nodes: train noisy nodes beside the property.
         pretraining: before that; None: random weights.
         readout: of the atoms' contributions; a gap does not grow with the molecule, so their mean.

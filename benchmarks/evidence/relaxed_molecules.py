@@ -11,7 +11,6 @@ writes FOLDER/relaxed_molecules.db, an ASE database. A row's `data` has `gap` [e
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ase.db import connect
 from ase.optimize import BFGS
 from tqdm import tqdm
 
+from benchmarks.command_line import parser_of
 from benchmarks.evidence.molecules import orbital_gap
 
 ELEMENTS = {"C": (4, 0.62), "N": (3, 0.17), "O": (2, 0.17), "F": (1, 0.04)}
@@ -48,7 +48,7 @@ def different_molecules(seed: int) -> Iterator[str]:
         except ValueError:
             continue
         smiles = MolToSmiles(grown)
-        if smiles not in known and "." not in smiles:
+        if smiles not in known:
             known.add(smiles)
             yield smiles
 
@@ -141,14 +141,10 @@ def write(folder: Path, count: int, seed: int) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.evidence.relaxed_molecules",
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parser_of("benchmarks.evidence.relaxed_molecules", __doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the database is written")
-    parser.add_argument("--count", type=int, default=3600, help="molecules")
-    parser.add_argument("--seed", type=int, default=0, help="of the molecules' growth")
+    parser.add_argument("--count", type=int, default=3600, help="molecules; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the molecules' growth; default: %(default)s")
     options = parser.parse_args(arguments)
     print(f"{options.count} molecules in {write(options.folder, options.count, options.seed)}")
 
